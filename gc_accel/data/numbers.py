@@ -1,0 +1,204 @@
+"""The built-in data set: handwritten numbers with captions in English words.
+
+An image shows a number of three or four digits, composed of scikit-learn's 1,797 scans of handwritten
+digits (8 x 8 pixels, Alpaydin and Kaynak 1998, in the wheel: no download); the caption says it in words.
+The scans are divided once and for all into 80 % for training and 20 % for testing, the same for every seed,
+so a test image never shows a scan that was trained on. Test numbers are all distinct, so that retrieval has
+one right answer; training numbers are drawn with replacement, so duplicates occur as they do in real data.
+
+Shape letters: N images, S image size.
+"""
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPProcessor, PreTrainedTokenizerFast
+
+SCAN = 8  # pixels per side of one scanned digit
+TEMPLATE = "a photo of the number {}"
+WORDS = """
+    zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+    seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand
+"""
+ONES, TENS = WORDS.split()[:20], WORDS.split()[20:28]
+
+# HF CLIP pools its text tower at the highest token id when eos_token_id is 2, so <end> must not be number 2.
+SPECIAL = ("<pad>", "<start>", "<unk>", "<end>")
+MAX_TOKENS = 16  # the longest caption of four digits has 15 tokens, <start> and <end> included
+
+
+def number_in_words(n: int) -> str:
+    """English words for 0 to 9999, with the British "and": 3005 is "three thousand and five".
+
+    Raises:
+        ValueError: ``n`` is out of range.
+    """
+    if not 0 <= n <= 9999:
+        raise ValueError(f"expected a number from 0 to 9999, got {n}")
+    if n < 20:
+        return ONES[n]
+    if n < 100:
+        tens, ones = divmod(n, 10)
+        return TENS[tens - 2] + (f"-{ONES[ones]}" if ones else "")
+    size, unit = (1000, "thousand") if n >= 1000 else (100, "hundred")
+    head, rest = divmod(n, size)
+    joint = " and " if rest < 100 else " "
+    return f"{ONES[head]} {unit}" + (joint + number_in_words(rest) if rest else "")
+
+
+def all_captions(digits: int = 4) -> tuple[list[int], list[str]]:
+    """All numbers of ``digits`` digits and their captions, the candidates of a zero-shot evaluation."""
+    numbers = list(range(10 ** (digits - 1), 10**digits))
+    return numbers, [TEMPLATE.format(number_in_words(n)) for n in numbers]
+
+
+class HandwrittenNumbers(torch.utils.data.Dataset[dict[str, Any]]):
+    """Images of handwritten numbers and their captions, composed at construction (one byte per pixel).
+
+    An item is ``{"image": uint8 (3, S, S), "text": the caption, "label": the number}``.
+
+    Args:
+        split: decides which scans are used; "test" also makes all numbers distinct.
+        size: how many images. In the train split, a smaller set is the beginning of a larger one.
+        digits: 3 (100 to 999) or 4 (1000 to 9999).
+        seed: draws the numbers, the scans and their positions. It does not move scans between the splits.
+        image_size: S, at least 8 times ``digits``.
+
+    Raises:
+        ValueError: an argument is out of range, or ``size`` exceeds the distinct numbers of the test split.
+    """
+
+    def __init__(
+        self,
+        split: Literal["train", "test"],
+        *,
+        size: int,
+        digits: int = 4,
+        seed: int = 0,
+        image_size: int = 32,
+    ) -> None:
+        if split not in ("train", "test"):
+            raise ValueError(f"expected split 'train' or 'test', got {split!r}")
+        if digits not in (3, 4):
+            raise ValueError(f"expected digits to be 3 or 4, got {digits}")
+        if image_size < SCAN * digits:
+            raise ValueError(f"expected image_size of at least {SCAN * digits} pixels, got {image_size}")
+        # One generator per quantity: each then yields the same beginning for every size.
+        rngs = [np.random.default_rng((seed, split == "test", quantity)) for quantity in range(4)]
+        self.numbers = _draw_numbers(split, size, digits, rngs[0])
+        scans = _draw_scans(split, self.numbers, digits, rngs[1])
+        self.pixels = _compose(scans, image_size, rngs[2], rngs[3])
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        number = int(self.numbers[index])
+        return {
+            "image": torch.from_numpy(self.pixels[index]).repeat(3, 1, 1),
+            "text": TEMPLATE.format(number_in_words(number)),
+            "label": number,
+        }
+
+    def text_length(self, index: int) -> int:
+        """Number of characters of the caption, for sorting by length."""
+        return len(TEMPLATE.format(number_in_words(int(self.numbers[index]))))
+
+
+def _draw_numbers(split: str, size: int, digits: int, rng: np.random.Generator) -> np.ndarray:
+    low, high = 10 ** (digits - 1), 10**digits
+    if split == "train":
+        return rng.integers(low, high, size=size)
+    if size > high - low:
+        raise ValueError(
+            f"expected size of at most {high - low}, the distinct numbers of {digits} digits, got {size}"
+        )
+    return rng.permutation(np.arange(low, high))[:size]
+
+
+def _draw_scans(split: str, numbers: np.ndarray, digits: int, rng: np.random.Generator) -> np.ndarray:
+    """One scan of the split for every digit of every number: uint8 ``(N, digits, 8, 8)``."""
+    data = load_digits()
+    rows = train_test_split(np.arange(len(data.target)), test_size=0.2, stratify=data.target, random_state=0)
+    chosen = rows[split == "test"]
+    chosen = chosen[np.argsort(data.target[chosen], kind="stable")]
+    count = np.bincount(data.target[chosen], minlength=10)
+    start = np.cumsum(count) - count
+
+    values = numbers[:, None] // 10 ** np.arange(digits)[::-1] % 10
+    picks = start[values] + (rng.random(values.shape) * count[values]).astype(int)
+    return np.rint(data.images * (255 / 16)).astype(np.uint8)[chosen[picks]]
+
+
+def _compose(
+    scans: np.ndarray, image_size: int, offset_rng: np.random.Generator, jitter_rng: np.random.Generator
+) -> np.ndarray:
+    """Scans ``(N, digits, 8, 8)`` side by side on black: ``(N, S, S)``, each number at its own height."""
+    n, digits = scans.shape[:2]
+    lowest = image_size - SCAN
+    top = offset_rng.integers(0, lowest + 1, size=(n, 1)) + jitter_rng.integers(-1, 2, size=(n, digits))
+    rows = top.clip(0, lowest)[:, :, None] + np.arange(SCAN)
+    left = (image_size - SCAN * digits) // 2
+    images = np.zeros((n, image_size, image_size), dtype=np.uint8)
+    for place in range(digits):
+        columns = slice(left + SCAN * place, left + SCAN * (place + 1))
+        images[np.arange(n)[:, None], rows[:, place], columns] = scans[:, place]
+    return images
+
+
+def numbers_processor(*, image_size: int = 32) -> CLIPProcessor:
+    """The processor of this data set, built in code: one token per word, images normalised to -1 .. 1."""
+    words = [*SPECIAL, *TEMPLATE.format("").split(), *WORDS.split(), "and", "-"]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    ends = [(word, words.index(word)) for word in ("<start>", "<end>")]
+    tokenizer.post_processor = TemplateProcessing(single="<start> $A <end>", special_tokens=ends)
+    return CLIPProcessor(
+        CLIPImageProcessor(
+            size={"shortest_edge": image_size},
+            crop_size={"height": image_size, "width": image_size},
+            image_mean=[0.5] * 3,
+            image_std=[0.5] * 3,
+        ),
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            bos_token="<start>",
+            eos_token="<end>",
+            pad_token="<pad>",
+            unk_token="<unk>",
+            padding_side="right",
+            model_max_length=MAX_TOKENS,
+            model_input_names=["input_ids", "attention_mask"],
+        ),
+    )
+
+
+def numbers_config(*, image_size: int = 32, width: int = 128, layers: int = 2, heads: int = 4) -> CLIPConfig:
+    """A small CLIP for this data set: both towers of the same width and depth, 8 x 8 patches."""
+    tokenizer = numbers_processor().tokenizer
+    tower = {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "projection_dim": width,
+    }
+    text = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": MAX_TOKENS,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return CLIPConfig(
+        vision_config={**tower, "image_size": image_size, "patch_size": SCAN},
+        text_config={**tower, **text},
+        projection_dim=width,
+    )

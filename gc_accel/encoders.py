@@ -1,0 +1,188 @@
+"""Encoders: any published model behind one forward that the gradient cache can call stream by stream."""
+
+from collections.abc import Mapping, Sequence
+from math import log
+from pathlib import Path
+from typing import Any, Literal
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME
+from open_clip.push_to_hf_hub import save_config_for_hf
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+OPEN_CLIP_MODELS = (open_clip.CLIP, open_clip.CustomTextCLIP)
+IMAGE_MODULES = ("vision_model", "visual", "visual_projection")
+GLOBALS = ("logit_scale", "logit_bias")
+MAX_LOGIT_SCALE = 100.0  # Radford et al. 2021, section 2.5
+
+Stream = Literal["image", "text"]
+
+
+class DualEncoder(nn.Module):
+    """An image and a text tower in one module, each encoded by itself.
+
+    Takes `CLIPModel`, `SiglipModel`, `VisionTextDualEncoderModel` and their like from transformers, PEFT's
+    wrapping of them, and the models of open_clip. The towers keep the model's own forward code; what this
+    class owns is the way in and out. The logit scale becomes a parameter of shape `(1,)` inside (sharding
+    backends take no 0-d parameters) and gets its own shape back in every checkpoint.
+
+    Args:
+        model: the pretrained or fresh model, changed in place.
+        image_mean: per channel, in 0..1; with `image_std` it lets uint8 images in, which are then normalised
+            on the device (see `gc_accel.data.image_statistics`).
+        image_std: per channel.
+        freeze: towers that do not train. A tower without any trainable parameter stays in eval mode.
+        model_config: `open_clip.get_model_config(name)`, so that a checkpoint of an open_clip model can be
+            opened by `open_clip.create_model("local-dir:...")`.
+
+    Example:
+        >>> encoder = DualEncoder(CLIPModel.from_pretrained("openai/clip-vit-base-patch32"))
+        >>> encoder(image={"pixel_values": pixels}, text=tokenizer(captions, return_tensors="pt"))
+        {'image': ..., 'text': ..., 'logit_scale': ...}
+    """
+
+    streams: Mapping[str, Sequence[str]] = {
+        "image": ("pixel_values", "pixel_attention_mask", "spatial_shapes"),
+        "text": ("input_ids", "attention_mask", "position_ids", "token_type_ids"),
+    }
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
+        freeze: Sequence[Stream] = (),
+        model_config: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.model_config = model_config
+        self.is_open_clip = isinstance(model, OPEN_CLIP_MODELS)
+        self.global_names = [name for name in GLOBALS if getattr(model, name, None) is not None]
+        self.shapes = {name: getattr(model, name).shape for name in self.global_names}
+        for name in self.global_names:
+            parameter = getattr(model, name)
+            parameter.data = parameter.data.reshape(1)
+        if not set(freeze) <= set(self.streams):
+            raise ValueError(f"expected towers to freeze among {list(self.streams)}, got {list(freeze)}")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and _stream_of(name) not in freeze)
+        statistics = (image_mean, image_std)
+        if (image_mean is None) != (image_std is None):
+            raise ValueError(f"expected both image_mean and image_std or neither, got {statistics}")
+        for name, values in zip(("image_mean", "image_std"), statistics, strict=True):
+            buffer = None if values is None else torch.tensor(values).reshape(-1, 1, 1)
+            self.register_buffer(name, buffer, persistent=False)
+        self.train(model.training)
+
+    def forward(
+        self, image: Mapping[str, Tensor] | None = None, text: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Encode what is given.
+
+        Args:
+            image: `pixel_values` `(C, 3, H, W)`, normalised, or uint8.
+            text: `input_ids` `(C, L)` and what else the text tower takes.
+
+        Returns:
+            `image` and `text`, L2-normalised, `(C, D)`; `logit_scale` `(1,)`, the exponential of the
+            parameter, and `logit_bias` `(1,)` where the model has one.
+        """
+        outputs = {}
+        if image is not None:
+            outputs["image"] = F.normalize(self._image_features(image), dim=-1)
+        if text is not None:
+            outputs["text"] = F.normalize(self._text_features(text), dim=-1)
+        parameters = {name: getattr(self.model, name) for name in self.global_names}
+        return outputs | {n: p.exp() if n == "logit_scale" else p + 0 for n, p in parameters.items()}
+
+    @property
+    def frozen_streams(self) -> set[str]:
+        """Towers without any parameter that trains."""
+        training = {_stream_of(name) for name, p in self.model.named_parameters() if p.requires_grad}
+        return set(self.streams) - training
+
+    def train(self, mode: bool = True) -> "DualEncoder":
+        """Like `nn.Module.train`, but a frozen tower stays in eval mode: no dropout, no statistics."""
+        super().train(mode)
+        frozen = self.frozen_streams
+        for name, module in self.model.named_modules():
+            module.training &= _stream_of(name) not in frozen
+        return self
+
+    @torch.no_grad()
+    def clamp_logit_scale(self, maximum: float = MAX_LOGIT_SCALE) -> None:
+        """Keep the multiplicative logit scale at or below `maximum`; to be called after each optimizer step."""
+        self.model.logit_scale.clamp_(max=log(maximum))
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+        """Recompute activations inside each chunk. Reentrant checkpointing is refused: it cannot sync once."""
+        options = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
+        if options["use_reentrant"]:
+            raise ValueError("expected use_reentrant=False, got True: several calls share one reduction")
+        if self.is_open_clip:
+            self.model.set_grad_checkpointing()
+        else:
+            self.model.gradient_checkpointing_enable(options)
+
+    def save_pretrained(self, directory: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Write the model's own kind of checkpoint, in safetensors, without a trace of this class.
+
+        Args:
+            directory: is created; `type(model).from_pretrained(directory)` reads it, for open_clip
+                `create_model("local-dir:<directory>")` (with `model_config`) or `create_model(name,
+                pretrained="<directory>/open_clip_model.safetensors")`.
+            state_dict: of this encoder, gathered from sharded ranks; its own by default.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        state = self.state_dict() if state_dict is None else state_dict
+        weights = {name.removeprefix("model."): value for name, value in state.items()}
+        weights |= {name: weights[name].reshape(shape) for name, shape in self.shapes.items()}
+        if not self.is_open_clip:
+            self.model.save_pretrained(directory, state_dict=weights)
+            return
+        save_file(
+            {name: value.contiguous() for name, value in weights.items()}, directory / HF_SAFE_WEIGHTS_NAME
+        )
+        if self.model_config is not None:
+            save_config_for_hf(self.model, directory / HF_CONFIG_NAME, dict(self.model_config))
+
+    def load_pretrained(self, directory: str | Path) -> None:
+        """Read weights that `save_pretrained` wrote into this encoder, in place."""
+        if self.is_open_clip:
+            weights = load_file(Path(directory) / HF_SAFE_WEIGHTS_NAME)
+        else:
+            weights = type(self.model).from_pretrained(directory).state_dict()
+        weights |= {name: weights[name].reshape(1) for name in self.shapes}
+        self.model.load_state_dict(weights)
+
+    def _image_features(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        pixels = inputs["pixel_values"]
+        if pixels.dtype == torch.uint8:
+            if self.image_mean is None:
+                raise ValueError(
+                    "expected image_mean and image_std for uint8 images, got an encoder without: pass both to "
+                    "DualEncoder, or hand over images that are already normalised"
+                )
+            pixels = (pixels / 255 - self.image_mean) / self.image_std
+        if self.is_open_clip:
+            return self.model.encode_image(pixels)
+        return self.model.get_image_features(**{**inputs, "pixel_values": pixels}).pooler_output
+
+    def _text_features(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        if self.is_open_clip:
+            return self.model.encode_text(inputs["input_ids"])
+        return self.model.get_text_features(**inputs).pooler_output
+
+
+def _stream_of(name: str) -> str | None:
+    """The tower that a parameter or module belongs to, by its name in any of the supported models."""
+    parts = name.split(".")
+    if not name or parts[-1] in GLOBALS:
+        return None
+    return "text" if set(parts).isdisjoint(IMAGE_MODULES) else "image"
