@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, extract_model_from_parallel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -150,10 +150,13 @@ class Replicas:
     def __init__(self, encoder: Callable[..., Any], accelerator: Accelerator | None) -> None:
         if isinstance(encoder, DistributedDataParallel) and encoder.static_graph:
             raise ValueError(
-                "expected DistributedDataParallel without static_graph, got static_graph=True: a step calls it "
-                "in several ways. Use find_unused_parameters=True instead"
+                "expected DistributedDataParallel without static_graph, got static_graph=True: a step calls "
+                "it in several ways. Use find_unused_parameters=True instead"
             )
         self.encoder = encoder
+        self.model: Any = encoder  # without what wraps it
+        if isinstance(encoder, nn.Module):
+            self.model = extract_model_from_parallel(encoder, keep_torch_compile=False)
         self.accelerator = accelerator
         self.group = encoder.process_group if isinstance(encoder, DistributedDataParallel) else None
         if accelerator is not None:

@@ -44,6 +44,8 @@ class DualEncoder(nn.Module):
         {'image': ..., 'text': ..., 'logit_scale': ...}
     """
 
+    image_mean: Tensor | None
+    image_std: Tensor | None
     streams: Mapping[str, Sequence[str]] = {
         "image": ("pixel_values", "pixel_attention_mask", "spatial_shapes"),
         "text": ("input_ids", "attention_mask", "position_ids", "token_type_ids"),
@@ -59,7 +61,7 @@ class DualEncoder(nn.Module):
         model_config: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.model_config = model_config
         self.is_open_clip = isinstance(model, OPEN_CLIP_MODELS)
         self.global_names = [name for name in GLOBALS if getattr(model, name, None) is not None]
@@ -116,11 +118,11 @@ class DualEncoder(nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self, maximum: float = MAX_LOGIT_SCALE) -> None:
-        """Keep the multiplicative logit scale at or below `maximum`; to be called after each optimizer step."""
+        """Keep the multiplicative logit scale at or below `maximum`; call it after each optimizer step."""
         self.model.logit_scale.clamp_(max=log(maximum))
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """Recompute activations inside each chunk. Reentrant checkpointing is refused: it cannot sync once."""
+        """Recompute activations inside each chunk; never reentrant, which cannot sync once a step."""
         options = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
         if options["use_reentrant"]:
             raise ValueError("expected use_reentrant=False, got True: several calls share one reduction")
@@ -164,12 +166,12 @@ class DualEncoder(nn.Module):
     def _image_features(self, inputs: Mapping[str, Tensor]) -> Tensor:
         pixels = inputs["pixel_values"]
         if pixels.dtype == torch.uint8:
-            if self.image_mean is None:
+            if self.image_mean is None or self.image_std is None:
                 raise ValueError(
-                    "expected image_mean and image_std for uint8 images, got an encoder without: pass both to "
-                    "DualEncoder, or hand over images that are already normalised"
+                    "expected image_mean and image_std for uint8 images, got an encoder without: pass it "
+                    "both, or hand over images that are already normalised"
                 )
-            pixels = (pixels / 255 - self.image_mean) / self.image_std
+            pixels = (pixels.to(self.image_mean.dtype) / 255 - self.image_mean) / self.image_std
         if self.is_open_clip:
             return self.model.encode_image(pixels)
         return self.model.get_image_features(**{**inputs, "pixel_values": pixels}).pooler_output

@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import extract_model_from_parallel, send_to_device
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -89,7 +89,7 @@ class GradientCache:
     ) -> None:
         self.encoder, self.loss_fn = encoder, loss_fn
         self.replicas = Replicas(encoder, accelerator)
-        self.model = extract_model_from_parallel(encoder, keep_torch_compile=False)
+        self.model = self.replicas.model
         self.streams: Mapping[Any, Iterable[str]] = getattr(self.model, "streams", {None: ()})
         self.global_names: frozenset[Any] = frozenset(getattr(self.model, "global_names", ()))
         sizes = chunk_size if isinstance(chunk_size, Mapping) else dict.fromkeys(self.streams, chunk_size)
@@ -142,15 +142,16 @@ class GradientCache:
         """Cut chunks to size, stream by stream; set the inputs of the joint call and of the loss aside."""
         smallest = min(self.chunk_sizes[name] for name in trained)
         for chunk in chunks:
-            size, (parts, rest) = batch_size(chunk), split_streams(chunk, self.streams)
+            size, (parts, unfed) = batch_size(chunk), split_streams(chunk, self.streams)
             head = 0 if joint else min(size, smallest if len(trained) == 1 else (smallest + 1) // 2)
             if not joint:
                 joint |= {name: slice_inputs(parts[name], 0, head) for name in trained}
             for name, part in parts.items():
                 start = head if name in trained else 0
-                for piece in split(slice_inputs(part, start, size), self.chunk_sizes[name]):
-                    yield name, piece
-            for key, value in rest.items():
+                if start < size:
+                    rest = split(slice_inputs(part, start, size), self.chunk_sizes[name])
+                    yield from ((name, piece) for piece in rest)
+            for key, value in unfed.items():
                 extras[key].append(value)
 
     def _look_ahead(self, pieces: Iterable[Piece], costliest: Any) -> Iterator[tuple[Piece, bool]]:

@@ -63,7 +63,7 @@ class CLIPLoss(GlobalLoss):
         positive = logit_scale * (image * matching).sum(1)
         if logit_bias is not None:
             positive = positive + logit_bias
-        # Summed over the batch, a text's mean over its images gives the same as an image's mean over its texts.
+        # Over the batch, the means over each text's images sum to the same as those over each image's texts.
         return batch.sum((by_image + by_text - 2 * positive).sum() / (2 * batch.total))
 
 
