@@ -1,4 +1,4 @@
-"""Encoders: any published model behind one forward that the gradient cache can call stream by stream."""
+"""An image and a text tower behind one forward: CLIP, SigLIP, VisionTextDualEncoder, open_clip."""
 
 from collections.abc import Mapping, Sequence
 from math import log
