@@ -3,4 +3,7 @@
 from gc_accel.losses.clip import CLIPLoss
 from gc_accel.losses.siglip import SigLIPLoss
 
-__all__ = ["CLIPLoss", "SigLIPLoss"]
+__all__ = ["LOSSES", "CLIPLoss", "SigLIPLoss"]
+
+# What `--loss` and `CachedContrastiveTrainer(loss=...)` take by name.
+LOSSES = {"clip": CLIPLoss, "siglip": SigLIPLoss}

@@ -1,0 +1,285 @@
+"""`CachedContrastiveTrainer`: transformers' Trainer with a cached step.
+
+Callbacks, trackers, resume, save limits, mixed precision, schedulers, clipping, hub and model card are the
+library's. Own are the step (a batch in, gradients of the whole batch on the weights), the loader of lazy
+batches, evaluation over all pairs, and saving in the model's own format.
+"""
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel, send_to_device
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from transformers import ProcessorMixin, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import EvalLoopOutput
+
+from gc_accel.arguments import CachedContrastiveArguments
+from gc_accel.chunking import batch_size, call, split_streams
+from gc_accel.data import BatchPlan, ChunkedLoader, ImageTextCollator, image_statistics
+from gc_accel.distributed import GlobalLoss, RankedBatch
+from gc_accel.encoders import DualEncoder
+from gc_accel.evaluation import retrieval_metrics
+from gc_accel.gradient_cache import GradientCache
+from gc_accel.losses import LOSSES
+from gc_accel.memory import peak_memory_mib
+
+Representations = dict[str, Tensor]
+
+
+class CachedContrastiveTrainer(Trainer):
+    """Train a contrastive model at any batch size.
+
+    Args:
+        model: an image-text model of transformers or open_clip, or an encoder of `gc_accel`.
+        args: `per_device_train_batch_size` is the contrastive batch of one device, `chunk_size` what its
+            encoder sees at once.
+        loss: a name in `gc_accel.losses.LOSSES`, any callable on representations, or None: "siglip" for a
+            model with a logit bias, "clip" otherwise.
+        train_dataset: map-style, with samples as the collator takes them.
+        eval_dataset: likewise, or a dict of such.
+        processing_class: a processor with `image_processor` and `tokenizer`; saved along with the model.
+        data_collator: from samples to a chunk; `ImageTextCollator(processing_class)` by default.
+        compute_metrics: from the representations of the whole evaluation set, and its `labels` if it has
+            some, to numbers by name; by default retrieval in both directions.
+        kwargs: further arguments of `transformers.Trainer`.
+    """
+
+    args: CachedContrastiveArguments
+    control: TrainerControl
+
+    def __init__(
+        self,
+        model: Any,
+        args: CachedContrastiveArguments,
+        *,
+        loss: str | Callable[..., Tensor] | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: ProcessorMixin | None = None,
+        data_collator: Callable[..., Any] | None = None,
+        compute_metrics: Callable[[Representations], dict[str, float]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not hasattr(model, "streams"):  # a model as published
+            mean, std = (None, None) if processing_class is None else image_statistics(processing_class)
+            model = DualEncoder(model, image_mean=mean, image_std=std)
+        if data_collator is None:
+            if processing_class is None:
+                raise ValueError("expected a processing_class or a data_collator, got neither: pass one")
+            data_collator = ImageTextCollator(processing_class)
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # DataParallel would cut every chunk; further GPUs come by `accelerate launch`
+        super().__init__(
+            model,
+            args,
+            data_collator,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            compute_metrics=compute_metrics or retrieval_of_pairs,
+            **kwargs,
+        )
+        if loss is None:
+            loss = "siglip" if "logit_bias" in model.global_names else "clip"
+        if isinstance(loss, str) and loss not in LOSSES:
+            raise ValueError(f"expected a loss among {sorted(LOSSES)} or a callable, got {loss!r}")
+        self.loss = LOSSES[loss]() if isinstance(loss, str) else loss
+        self.shared: Representations = {}  # the globals of the latest call, for the logs
+        model.register_forward_hook(self._note_globals)
+        self.last_log = (time.monotonic(), 0)  # time and step
+        self.add_callback(_StepCallback())
+
+    @property
+    def encoder(self) -> Any:
+        """The encoder, without what prepares or wraps it."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Leave the gradient of the loss of one batch, a lazy sequence of chunks, on the weights."""
+        model.train()
+        retain: Any = self.args.retain if self.args.retain == "all" else int(self.args.retain)
+        self.accelerator.gradient_accumulation_steps = self.current_gradient_accumulation_steps
+        cache = GradientCache(model, self.loss, self.args.chunk_size, self.accelerator, retain)
+        return cache.forward_backward_chunks(inputs) / self.current_gradient_accumulation_steps
+
+    def get_train_dataloader(self) -> DataLoader:
+        """A `ChunkedLoader` with as many batches per epoch as `drop_last` leaves of the data set."""
+        if self.train_dataset is None:
+            raise ValueError("expected a train_dataset, got None: pass one to train")
+        sort_key = getattr(self.train_dataset, "text_length", None) if self.args.sort_by_length else None
+        plan = BatchPlan(
+            len(self.train_dataset),
+            self.args.per_device_train_batch_size,
+            self.args.chunk_size,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            sort_key=sort_key,
+        )
+        workers = self.args.dataloader_num_workers
+        return ChunkedLoader(
+            self.train_dataset,
+            plan,
+            self.data_collator,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
+        )
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        """Samples behind a loader, not handles to batches."""
+        dataset: Any = dataloader.samples if isinstance(dataloader, ChunkedLoader) else dataloader.dataset
+        return len(dataset)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
+        """The next batches, unread: nothing in them is counted, which would load them."""
+        handles = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        return handles, None
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: a batch is gone when it has been read."""
+        return 0
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """This rank's share of the evaluation set, every W-th sample, in chunks."""
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
+        if dataset is None:
+            raise ValueError("expected an eval_dataset, got None: pass one to evaluate")
+        own = range(self.args.process_index, len(dataset), self.args.world_size)
+        return DataLoader(
+            Subset(dataset, own),
+            batch_size=self.args.eval_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+        )
+
+    @torch.no_grad()
+    def encode(self, dataset: Dataset) -> Representations:
+        """Representations `(N, ...)` of a whole data set in float32, and its `labels`, equal on every rank.
+
+        The samples come in rank order, rows of different representations in the same order. Globals such as
+        the logit scale are left out.
+        """
+        return self._encode(self.get_eval_dataloader(dataset))[0]
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Metrics over all pairs of the evaluation set, and its loss, taken as one batch."""
+        with torch.no_grad():
+            reps, shared = self._encode(dataloader)
+            metrics = self.compute_metrics(reps)
+            metrics["loss"] = float(self._loss_of(reps, shared))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        count = batch_size(reps)
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=count)
+
+    def _encode(self, dataloader: DataLoader) -> tuple[Representations, Representations]:
+        model = self._wrap_model(self.model, training=False)
+        if not self.accelerator._models:  # evaluation before any training
+            model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        model.eval()
+        parts = defaultdict[str, list[Tensor]](list)
+        for chunk in dataloader:
+            if chunk is None:  # every sample of it was left out
+                continue
+            inputs, labels = split_streams(send_to_device(chunk, self.args.device), self.encoder.streams)
+            for name, value in (call(model, inputs) | labels).items():
+                parts[name].append(value.float() if value.is_floating_point() else value)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        shared = {name: parts.pop(name)[0] for name in self.encoder.global_names}
+        own = {name: torch.cat(values) for name, values in parts.items()}
+        batch = RankedBatch(batch_size(own), self.args.device)
+        return {name: batch.gather(value) for name, value in own.items()}, shared
+
+    def _loss_of(self, reps: Representations, shared: Representations) -> Tensor:
+        """The loss of gathered representations; to a loss that spans ranks each hands in its own part."""
+        if isinstance(self.loss, GlobalLoss):
+            rank, world = self.args.process_index, self.args.world_size
+            reps = {name: value.tensor_split(world)[rank] for name, value in reps.items()}
+        return self.loss(**reps, **shared)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add logit scale, throughput and peak memory to the logs of training steps."""
+        if "loss" in logs:
+            (then, step), now = self.last_log, time.monotonic()
+            steps, self.last_log = self.state.global_step - step, (now, self.state.global_step)
+            samples = steps * self.get_total_train_batch_size(self.args)
+            logs |= {name: float(value) for name, value in self.shared.items()}
+            logs["samples_per_second"] = round(samples / max(now - then, 1e-9), 1)
+            logs["peak_memory_mib"] = round(peak_memory_mib(self.args.device))
+        super().log(logs, start_time)
+
+    def _note_globals(self, module: nn.Module, args: Any, outputs: Representations) -> None:
+        self.shared = {name: outputs[name].detach() for name in self.encoder.global_names}
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        output_dir = output_dir or self.args.output_dir
+        self.encoder.save_pretrained(output_dir, state_dict)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(output_dir)
+        torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self.encoder.load_pretrained(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self.encoder.load_pretrained(self.state.best_model_checkpoint)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Matrices and convolutions: no weight decay on scales, biases and norms, as CLIP trains."""
+        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
+
+class _StepCallback(TrainerCallback):
+    """What has to happen around epochs and steps, whatever wraps the loader and the optimizer."""
+
+    def on_epoch_begin(
+        self,
+        args: CachedContrastiveArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        # On resume the Trainer wraps the loader to skip batches, and the wrapper has no set_epoch.
+        train_dataloader.set_epoch(int(state.epoch or 0))
+
+    def on_optimizer_step(
+        self,
+        args: CachedContrastiveArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        encoder = extract_model_from_parallel(model, keep_torch_compile=False)
+        if "logit_scale" in encoder.global_names:
+            encoder.clamp_logit_scale()
+
+
+def retrieval_of_pairs(reps: Representations) -> dict[str, float]:
+    """Retrieval of texts by images and of images by texts, over the whole evaluation set."""
+    return retrieval_metrics(reps["image"], reps["text"], labels=reps.get("labels"))
