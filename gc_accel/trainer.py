@@ -73,6 +73,8 @@ class CachedContrastiveTrainer(Trainer):
             if processing_class is None:
                 raise ValueError("expected a processing_class or a data_collator, got neither: pass one")
             data_collator = ImageTextCollator(processing_class)
+        if isinstance(data_collator, ImageTextCollator) and not _padding_is_inert(model, data_collator):
+            data_collator.padding = "max_length"
         if args.n_gpu > 1:
             args._n_gpu = 1  # DataParallel would cut every chunk; further GPUs come by `accelerate launch`
         super().__init__(
@@ -148,13 +150,14 @@ class CachedContrastiveTrainer(Trainer):
         return 0
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        """This rank's share of the evaluation set, every W-th sample, in chunks."""
+        """This rank's share of the evaluation set, in chunks; the shares in rank order are the whole."""
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
             dataset = self.eval_dataset[dataset]
         if dataset is None:
             raise ValueError("expected an eval_dataset, got None: pass one to evaluate")
-        own = range(self.args.process_index, len(dataset), self.args.world_size)
+        rank, world = self.args.process_index, self.args.world_size
+        own = range(rank * len(dataset) // world, (rank + 1) * len(dataset) // world)
         return DataLoader(
             Subset(dataset, own),
             batch_size=self.args.eval_batch_size,
@@ -164,11 +167,7 @@ class CachedContrastiveTrainer(Trainer):
 
     @torch.no_grad()
     def encode(self, dataset: Dataset) -> Representations:
-        """Representations `(N, ...)` of a whole data set in float32, and its `labels`, equal on every rank.
-
-        The samples come in rank order, rows of different representations in the same order. Globals such as
-        the logit scale are left out.
-        """
+        """Representations `(N, ...)` of a whole data set, in its order, and its `labels`, equal on every rank."""
         return self._encode(self.get_eval_dataloader(dataset))[0]
 
     def evaluation_loop(
@@ -283,3 +282,22 @@ class _StepCallback(TrainerCallback):
 def retrieval_of_pairs(reps: Representations) -> dict[str, float]:
     """Retrieval of texts by images and of images by texts, over the whole evaluation set."""
     return retrieval_metrics(reps["image"], reps["text"], labels=reps.get("labels"))
+
+
+@torch.no_grad()
+def _padding_is_inert(encoder: nn.Module, collator: ImageTextCollator) -> bool:
+    """Whether the embedding of a caption stays the same however far it is padded.
+
+    Not so in a tower that pools its last position, as SigLIP's does. There each chunk's own width would
+    change the result, so that captions have to be padded to the maximum.
+    """
+    if collator.padding == "max_length" or collator.max_length is None:
+        return True
+    device = next(encoder.parameters()).device
+    short, long = "a", "a " * collator.max_length
+    was_training = encoder.training
+    encoder.eval()
+    alone = encoder(text=send_to_device(collator.tokenize([short]), device))["text"]
+    padded = encoder(text=send_to_device(collator.tokenize([short, long]), device))["text"][:1]
+    encoder.train(was_training)
+    return torch.allclose(alone, padded, atol=1e-3)

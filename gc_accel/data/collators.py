@@ -84,7 +84,7 @@ class ImageTextCollator:
             return None
         return {
             "pixel_values": self._images([item["image"] for item in present]),
-            **self._texts([item["text"] for item in present]),
+            **self.tokenize([item["text"] for item in present]),
             **_labels(present),
         }
 
@@ -94,7 +94,8 @@ class ImageTextCollator:
         )
         return _exact_uint8(raw["pixel_values"])
 
-    def _texts(self, texts: list[str]) -> Chunk:
+    def tokenize(self, texts: list[str]) -> Chunk:
+        """Captions alone: ``input_ids`` and, if the tokenizer makes one, ``attention_mask`` ``(C, L)``."""
         tokens = self.tokenizer(
             texts,
             padding=self.padding,
@@ -139,9 +140,13 @@ class OpenClipCollator:
             return None
         return {
             "pixel_values": _exact_uint8(torch.stack([self._image(item["image"]) for item in present])),
-            "input_ids": self.tokenizer([item["text"] for item in present]),
+            **self.tokenize([item["text"] for item in present]),
             **_labels(present),
         }
+
+    def tokenize(self, texts: list[str]) -> Chunk:
+        """Captions alone: ``input_ids`` ``(C, L)``."""
+        return {"input_ids": self.tokenizer(texts)}
 
     def _image(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
         image = self.transform(image)
