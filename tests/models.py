@@ -26,6 +26,7 @@ TOWER = {
 IMAGE = {**TOWER, "image_size": 8, "patch_size": 4}
 TEXT = {**TOWER, "vocab_size": 32, "max_position_embeddings": 8}
 END = 31  # HF CLIP pools at the end token
+ENDS = {"bos_token_id": 1, "eos_token_id": END, "pad_token_id": 0}
 
 
 def clip(dropout: float = 0.0) -> nn.Module:
@@ -43,11 +44,13 @@ def clip(dropout: float = 0.0) -> nn.Module:
     return CLIPModel(config)
 
 
-def siglip(dropout: float = 0.0) -> nn.Module:
+def siglip(dropout: float = 0.0, **text: int) -> nn.Module:
     model = SiglipModel(
         SiglipConfig(
             vision_config={**IMAGE, "attention_dropout": dropout},
-            text_config={**TEXT, "attention_dropout": dropout, "projection_size": 16},
+            text_config={**TEXT, "vocab_size": 64, "attention_dropout": dropout, "projection_size": 16}
+            | ENDS
+            | text,
         )
     )
     model.logit_scale.data.fill_(2.3)  # from_config leaves zeros, at which scale and gradient degenerate

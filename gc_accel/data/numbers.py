@@ -9,19 +9,18 @@ one right answer; training numbers are drawn with replacement, so duplicates occ
 Shape letters: N images, S image size.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPProcessor, PreTrainedTokenizerFast
 
-SCAN = 8  # pixels per side of one scanned digit
+from gc_accel.data.scans import SCAN, Split, check_split, load_scans
+
 TEMPLATE = "a photo of the number {}"
 WORDS = """
     zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
@@ -77,15 +76,14 @@ class HandwrittenNumbers(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __init__(
         self,
-        split: Literal["train", "test"],
+        split: Split,
         *,
         size: int,
         digits: int = 4,
         seed: int = 0,
         image_size: int = 32,
     ) -> None:
-        if split not in ("train", "test"):
-            raise ValueError(f"expected split 'train' or 'test', got {split!r}")
+        check_split(split)
         if digits not in (3, 4):
             raise ValueError(f"expected digits to be 3 or 4, got {digits}")
         if image_size < SCAN * digits:
@@ -123,27 +121,27 @@ def _draw_numbers(split: str, size: int, digits: int, rng: np.random.Generator) 
     return rng.permutation(np.arange(low, high))[:size]
 
 
-def _draw_scans(split: str, numbers: np.ndarray, digits: int, rng: np.random.Generator) -> np.ndarray:
+def _draw_scans(split: Split, numbers: np.ndarray, digits: int, rng: np.random.Generator) -> np.ndarray:
     """One scan of the split for every digit of every number: uint8 ``(N, digits, 8, 8)``."""
-    data = load_digits()
-    rows = train_test_split(np.arange(len(data.target)), test_size=0.2, stratify=data.target, random_state=0)
-    chosen = rows[split == "test"]
-    chosen = chosen[np.argsort(data.target[chosen], kind="stable")]
-    count = np.bincount(data.target[chosen], minlength=10)
+    scans, labels = load_scans(split)
+    order = np.argsort(labels, kind="stable")
+    count = np.bincount(labels, minlength=10)
     start = np.cumsum(count) - count
 
     values = numbers[:, None] // 10 ** np.arange(digits)[::-1] % 10
     picks = start[values] + (rng.random(values.shape) * count[values]).astype(int)
-    return np.rint(data.images * (255 / 16)).astype(np.uint8)[chosen[picks]]
+    return scans[order[picks]]
 
 
 def _compose(
     scans: np.ndarray, image_size: int, offset_rng: np.random.Generator, jitter_rng: np.random.Generator
 ) -> np.ndarray:
-    """Scans ``(N, digits, 8, 8)`` side by side on black: ``(N, S, S)``, each number at its own height."""
+    """Scans ``(N, digits, 8, 8)`` side by side on black ``(N, S, S)``: a number on one of S / 8 lines, a digit
+    up to one pixel above or below it."""
     n, digits = scans.shape[:2]
     lowest = image_size - SCAN
-    top = offset_rng.integers(0, lowest + 1, size=(n, 1)) + jitter_rng.integers(-1, 2, size=(n, digits))
+    lines = SCAN * offset_rng.integers(0, image_size // SCAN, size=(n, 1))
+    top = lines + jitter_rng.integers(-1, 2, size=(n, digits))
     rows = top.clip(0, lowest)[:, :, None] + np.arange(SCAN)
     left = (image_size - SCAN * digits) // 2
     images = np.zeros((n, image_size, image_size), dtype=np.uint8)

@@ -1,0 +1,119 @@
+"""The loader of lazy batches: same samples whatever the ranks, nothing loaded before it is read, exact skipping."""
+
+import pytest
+import torch
+from accelerate import skip_first_batches
+
+from gc_accel.data import BatchPlan, ChunkedLoader
+
+
+class Rows(torch.utils.data.Dataset):
+    """Item i is i; remembers what was read and which epoch was set."""
+
+    def __init__(self, size):
+        self.size, self.read, self.epoch = size, [], None
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return index
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+
+def loader(size=23, batch_size=6, chunk_size=4, *, num_workers=0, **options):
+    dataset = Rows(size)
+    plan = BatchPlan(size, batch_size, chunk_size, **options)
+    return ChunkedLoader(dataset, plan, torch.tensor, num_workers=num_workers)
+
+
+def contents(batches):
+    return [[chunk.tolist() for chunk in batch] for batch in batches]
+
+
+def samples(batch):
+    return [index for chunk in batch for index in chunk]
+
+
+def test_batches_are_cut_into_chunks_and_the_rest_of_the_epoch_is_left_out():
+    batches = contents(loader())
+    assert [[len(chunk) for chunk in batch] for batch in batches] == [[4, 2]] * 3
+    assert len({index for batch in batches for index in samples(batch)}) == 18
+    assert len(loader()) == 3
+
+
+def test_global_batches_do_not_depend_on_the_number_of_ranks():
+    whole = contents(loader(batch_size=6))
+    halves = [contents(loader(batch_size=3, rank=rank, world_size=2)) for rank in range(2)]
+    for batch, *parts in zip(whole, *halves, strict=True):
+        assert samples(batch) == [index for part in parts for index in samples(part)]
+
+
+def test_every_epoch_has_its_own_order_and_the_same_one_each_time():
+    first, again, second = loader(), loader(), loader()
+    second.set_epoch(1)
+    assert second.samples.epoch == 1
+    assert contents(first) == contents(again) != contents(second)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_skipping_batches_continues_exactly(num_workers):
+    one = loader(num_workers=num_workers)
+    one.set_epoch(2)
+    expected = contents(one)[2:]
+    other = loader(num_workers=num_workers)
+    other.set_epoch(2)
+    skipped = skip_first_batches(other, 2)
+    assert contents(skipped) == expected
+    assert expected
+
+
+def test_skipped_batches_are_not_loaded():
+    one = loader()
+    batches = iter(skip_first_batches(one, 2))
+    next(batches)
+    assert one.samples.read == []
+
+
+def test_chunks_are_loaded_while_they_are_read():
+    one = loader()
+    chunks = iter(next(iter(one)))
+    assert one.samples.read == []
+    next(chunks)
+    assert len(one.samples.read) == 4
+
+
+def test_batches_fetched_ahead_are_read_in_order():
+    """As gradient accumulation does."""
+    ahead = list(loader())
+    assert contents(ahead) == contents(loader())
+
+
+def test_sorting_changes_the_chunks_but_not_the_batch():
+    plain, by_value = contents(loader()), contents(loader(sort_key=lambda index: index))
+    for a, b in zip(plain, by_value, strict=True):
+        assert samples(b) == sorted(samples(a))
+
+
+def test_iterating_draws_nothing_from_the_generator_of_dropout():
+    state = torch.get_rng_state()
+    contents(loader(num_workers=1))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_chunks_left_out_by_the_collator_are_skipped():
+    dataset = Rows(8)
+    keep_even = ChunkedLoader(
+        dataset, BatchPlan(8, 8, 1, shuffle=False), lambda rows: None if rows[0] % 2 else rows
+    )
+    assert [list(batch) for batch in keep_even] == [[[0], [2], [4], [6]]]
+
+
+def test_data_set_smaller_than_the_global_batch_is_refused():
+    with pytest.raises(ValueError, match=r"batch of 6 samples on 4 process\(es\), got a data set of 23"):
+        BatchPlan(23, 6, 4, world_size=4)
+    with pytest.raises(ValueError, match="chunk size of at least 1"):
+        BatchPlan(23, 6, 0)
