@@ -1,0 +1,91 @@
+"""What the batch size is worth: batch 64 against batch 1,024 at the same number of samples seen.
+
+    python benchmarks/batch_size.py            # every batch size at each learning rate, then the plot and table
+
+Each batch size gets its best learning rate of the list. Runs that are already in the output folder are not
+repeated. The built-in data set, the model and the schedule are those of examples/clip_train.py.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "clip_train.py"
+FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "batch_size.png"
+BOTH = ("eval_image_to_text_r1", "eval_text_to_image_r1")
+
+
+def run(folder: Path, batch_size: int, learning_rate: float, seed: int) -> list[dict]:
+    """The log of one training run."""
+    output = folder / f"batch{batch_size}_lr{learning_rate:g}_seed{seed}"
+    state = output / "trainer_state.json"
+    if not state.exists():
+        command = [sys.executable, str(EXAMPLE), "--output_dir", str(output), "--seed", str(seed)]
+        command += [
+            "--per_device_train_batch_size",
+            str(batch_size),
+            "--chunk_size",
+            str(min(batch_size, 128)),
+        ]
+        command += ["--learning_rate", f"{learning_rate:g}", "--save_strategy", "no"]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        subprocess.run(command, check=True, env=environment)
+    return json.loads(state.read_text())["log_history"]
+
+
+def evaluations(log: list[dict]) -> list[dict]:
+    return [entry for entry in log if BOTH[0] in entry]
+
+
+def mean_r1(log: list[dict]) -> float:
+    """R@1 of both directions, averaged, at the end."""
+    return sum(evaluations(log)[-1][name] for name in BOTH) / 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[64, 1024])
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3])
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/batch_size"))
+    args = parser.parse_args()
+
+    logs = {
+        (size, rate): run(args.output_dir, size, rate, args.seed)
+        for size in args.batch_sizes
+        for rate in args.learning_rates
+    }
+    print("| batch | learning rate | image to text R@1 | text to image R@1 |\n|---|---|---|---|")
+    for (size, rate), log in logs.items():
+        scores = " | ".join(f"{100 * evaluations(log)[-1][name]:.1f} %" for name in BOTH)
+        print(f"| {size:,} | {rate:g} | {scores} |")
+
+    figure = Figure(figsize=(6, 3.6), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for size in args.batch_sizes:
+        rate = max(args.learning_rates, key=lambda rate: mean_r1(logs[size, rate]))
+        entries = evaluations(logs[size, rate])
+        seen = [entry["step"] * size / 1000 for entry in entries]
+        scores = [50 * sum(entry[name] for name in BOTH) for entry in entries]
+        axes.plot(seen, scores, marker="o", label=f"batch {size:,}, learning rate {rate:g}")
+    axes.set_xlabel("thousand samples seen")
+    axes.set_ylabel("R@1 over 1,000 captions, %")
+    axes.set_ylim(0, 100)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    FIGURE.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(FIGURE)
+    print(f"Plot: {FIGURE}")
+
+
+if __name__ == "__main__":
+    main()
