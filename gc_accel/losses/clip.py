@@ -4,6 +4,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gc_accel.distributed import GlobalLoss, RankedBatch
+from gc_accel.losses.classes import class_sums
 from gc_accel.losses.inputs import check_pairs, full_precision
 from gc_accel.losses.streaming import DEFAULT_TILE_BUDGET, logsumexp_both_ways
 
@@ -59,16 +60,13 @@ class CLIPLoss(GlobalLoss):
             image, texts, logit_scale, logit_bias, tile_budget=self.tile_budget
         )
         by_text = batch.logsumexp(by_text)[batch.own]
-        matching = text if labels is None else _class_means(texts, batch.gather(labels))[batch.own]
+        matching = text
+        if labels is not None:
+            sums, counts, which = class_sums(texts, batch.gather(labels))
+            which = which[batch.own]
+            matching = sums.index_select(0, which) / counts[which, None]
         positive = logit_scale * (image * matching).sum(1)
         if logit_bias is not None:
             positive = positive + logit_bias
         # Over the batch, the means over each text's images sum to the same as those over each image's texts.
         return batch.sum((by_image + by_text - 2 * positive).sum() / (2 * batch.total))
-
-
-def _class_means(rows: Tensor, labels: Tensor) -> Tensor:
-    """For each row `(B, D)` the mean of all rows with its label, without a B x B mask."""
-    _, index, counts = labels.unique(return_inverse=True, return_counts=True)
-    sums = rows.new_zeros(len(counts), rows.shape[1]).index_add(0, index, rows)
-    return (sums / counts[:, None])[index]

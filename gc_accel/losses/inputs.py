@@ -1,4 +1,6 @@
-"""What losses ask of their inputs: paired rows, full precision."""
+"""What losses ask of their inputs and options."""
+
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +17,24 @@ def check_pairs(image: Tensor, text: Tensor, labels: Tensor | None) -> None:
         raise ValueError(f"expected a label per pair, shape ({len(image)},), got {tuple(labels.shape)}")
 
 
+def check_views(views: Tensor, labels: Tensor | None = None, *, at_least: int = 1) -> None:
+    """Raise ValueError unless views are `(B, V, D)` with enough views, and labels, if given, `(B,)`."""
+    if views.ndim != 3 or views.shape[1] < at_least:
+        raise ValueError(
+            f"expected views of shape (B, V, D) with V of at least {at_least}, got {tuple(views.shape)}: "
+            "stack the views of a sample along dimension 1"
+        )
+    if labels is not None and labels.shape != views.shape[:1]:
+        raise ValueError(f"expected a label per sample, shape ({len(views)},), got {tuple(labels.shape)}")
+
+
 def full_precision(*tensors: Tensor | None) -> list:
     """Half precision to float32; float32 and float64 stay."""
     half = (torch.float16, torch.bfloat16)
     return [each.float() if each is not None and each.dtype in half else each for each in tensors]
+
+
+def check_option(name: str, value: str, allowed: Any) -> None:
+    """Raise ValueError unless `value` is one of those that the `Literal` type allows."""
+    if value not in get_args(allowed):
+        raise ValueError(f"expected {name} to be one of {get_args(allowed)}, got {value!r}")

@@ -6,7 +6,9 @@ No more than one tile exists at once, but for those that fit the budget: they ar
 instead of computed again. So memory is O((R + C) D) plus the budget, forward and backward. Sums run over
 tiles in a fixed order, in the inputs' own precision, which makes every result bitwise repeatable.
 
-Products of R C D multiply-adds: log-sum-exp of both directions 4 (3 where all tiles are kept), sigmoid 3.
+Products of R C D multiply-adds: log-sum-exp of one or both directions 4 (3 where all tiles are kept), sigmoid
+3. Rows that are their own candidates need the tiles above the diagonal alone, so about half of that: each
+feeds the sums of its rows and, transposed, those of its columns.
 """
 
 from collections.abc import Iterator
@@ -16,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from gc_accel.losses.pairs import Pairs
 
 DEFAULT_TILE_BUDGET = 256 * 2**20  # bytes
 TILE_ROWS, TILE_COLUMNS = 512, 1024  # fastest on the CPUs measured (docs/log.md)
@@ -38,7 +42,25 @@ def logsumexp_both_ways(
         bias: `(1,)` or None, is added to them.
         tile_budget: bytes of tiles to keep for the backward pass.
     """
-    return _LogSumExpBothWays.apply(rows, columns, scale, bias, tile_budget)
+    return _LogSumExp.apply(rows, columns, scale, bias, None, tile_budget if torch.is_grad_enabled() else 0)
+
+
+def logsumexp_over_pairs(
+    rows: Tensor,
+    columns: Tensor,
+    scale: Tensor,
+    pairs: Pairs,
+    *,
+    tile_budget: int = DEFAULT_TILE_BUDGET,
+) -> Tensor:
+    """Log-sum-exp of the logits of each row `(R,)` over its pairs, minus infinity for a row without any.
+
+    Args:
+        rows, columns, scale, tile_budget: as in `logsumexp_both_ways`.
+        pairs: which pairs count; those above the diagonal count for the rows of both.
+    """
+    kept = tile_budget if torch.is_grad_enabled() else 0
+    return _LogSumExp.apply(rows, columns, scale, None, pairs, kept)[0]
 
 
 def sigmoid_cross_entropy(
@@ -56,16 +78,32 @@ def sigmoid_cross_entropy(
     return _SigmoidCrossEntropy.apply(rows, columns, scale, bias, row_ids, column_ids, wanted)
 
 
-def tiles(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
-    """Row and column ranges of the tiles that cover a matrix, row by row."""
+def tiles(rows: int, columns: int, above_diagonal: bool = False) -> Iterator[tuple[slice, slice]]:
+    """Row and column ranges of the tiles that cover a matrix, or what is above its diagonal, row by row."""
     for top in range(0, rows, TILE_ROWS):
-        for left in range(0, columns, TILE_COLUMNS):
+        for left in range(top if above_diagonal else 0, columns, TILE_COLUMNS):
             yield slice(top, min(top + TILE_ROWS, rows)), slice(left, min(left + TILE_COLUMNS, columns))
 
 
-def _logits(rows: Tensor, columns: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    logits = (rows * scale) @ columns.T
-    return logits if bias is None else logits.add_(bias)
+def _logits(
+    rows: Tensor,
+    columns: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    at: tuple[slice, slice],
+    pairs: Pairs | None = None,
+) -> Tensor:
+    """Logits of one tile, minus infinity for pairs that do not count."""
+    logits = (rows[at[0]] * scale) @ columns[at[1]].T
+    if bias is not None:
+        logits += bias
+    mask = None if pairs is None else pairs.left_out(*at)
+    return logits if mask is None else logits.masked_fill_(mask, -torch.inf)
+
+
+def _softmax(logits: Tensor, total: Tensor) -> Tensor:
+    """exp(logits - total), and zero rather than NaN for a sum over no pair at all."""
+    return (logits - total.masked_fill(total == -torch.inf, torch.inf)).exp_()
 
 
 class _Gradients:
@@ -98,40 +136,57 @@ class _Gradients:
         return self.rows if self.needed[0] else None, self.columns, scale, self.bias
 
 
-class _LogSumExpBothWays(torch.autograd.Function):
+class _LogSumExp(torch.autograd.Function):
+    """By row and by column over all pairs, or by row over those of `pairs`.
+
+    Above the diagonal, what sums up by row and by column belongs to the same rows: one tensor serves as both.
+    """
+
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, columns: Tensor, scale: Tensor, bias: Tensor | None, tile_budget: int
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any,
+        rows: Tensor,
+        columns: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        pairs: Pairs | None,
+        tile_budget: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.pairs, ctx.halved = pairs, pairs is not None and pairs.above_diagonal
         by_row = rows.new_full((len(rows),), -torch.inf)
-        by_column = columns.new_full((len(columns),), -torch.inf)
-        kept: dict[tuple[int, int], Tensor] = {}
-        for at in tiles(len(rows), len(columns)):
+        by_column = by_row if ctx.halved else None
+        if pairs is None:
+            by_column = columns.new_full((len(columns),), -torch.inf)
+        ctx.kept = {}
+        for at in tiles(len(rows), len(columns), ctx.halved):
             i, j = at
-            logits = _logits(rows[i], columns[j], scale, bias)
+            logits = _logits(rows, columns, scale, bias, at, pairs)
             by_row[i] = torch.logaddexp(by_row[i], logits.logsumexp(1))
-            by_column[j] = torch.logaddexp(by_column[j], logits.logsumexp(0))
+            if by_column is not None:
+                by_column[j] = torch.logaddexp(by_column[j], logits.logsumexp(0))
             tile_budget -= logits.nbytes
             if tile_budget >= 0 and any(ctx.needs_input_grad):
-                kept[i.start, j.start] = logits
+                ctx.kept[i.start, j.start] = logits
         ctx.save_for_backward(rows, columns, scale, bias, by_row, by_column)
-        ctx.kept = kept
-        return by_row, by_column
+        return by_row, None if ctx.halved else by_column
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, row_grad: Tensor, column_grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, row_grad: Tensor, column_grad: Tensor | None) -> tuple[Tensor | None, ...]:
         rows, columns, scale, bias, by_row, by_column = ctx.saved_tensors
+        if ctx.halved:
+            column_grad = row_grad
         gradients = _Gradients(rows, columns, scale, ctx.needs_input_grad)
-        for at in tiles(len(rows), len(columns)):
+        for at in tiles(len(rows), len(columns), ctx.halved):
             i, j = at
             logits = ctx.kept.get((i.start, j.start))
             if logits is None:
-                logits = _logits(rows[i], columns[j], scale, bias)
-            grad = (logits - by_row[i, None]).exp_().mul_(row_grad[i, None])
-            grad += (logits - by_column[j]).exp_().mul_(column_grad[j])
+                logits = _logits(rows, columns, scale, bias, at, ctx.pairs)
+            grad = _softmax(logits, by_row[i, None]).mul_(row_grad[i, None])
+            if column_grad is not None:
+                grad += _softmax(logits, by_column[j]).mul_(column_grad[j])
             gradients.add(at, grad)
-        return *gradients.result(), None
+        return *gradients.result(), None, None
 
 
 class _SigmoidCrossEntropy(torch.autograd.Function):
@@ -150,7 +205,7 @@ class _SigmoidCrossEntropy(torch.autograd.Function):
         total = rows.new_zeros((), dtype=torch.float64 if rows.device.type != "mps" else None)
         for at in tiles(len(rows), len(columns)):
             i, j = at
-            logits = _logits(rows[i], columns[j], scale, bias)
+            logits = _logits(rows, columns, scale, bias, at)
             positive = row_ids[i, None] == column_ids[j]
             # -log sigmoid(y s) = softplus(-y s), whose derivative is sigmoid(s) - [y = 1]
             total += F.softplus(torch.where(positive, -logits, logits)).sum()
