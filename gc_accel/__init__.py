@@ -1,8 +1,14 @@
 """Train contrastive models at any batch size: exact gradient caching on Accelerate and Transformers."""
 
 from gc_accel.arguments import CachedContrastiveArguments
-from gc_accel.encoders import DualEncoder
+from gc_accel.encoders import DualEncoder, VisionEncoder
 from gc_accel.gradient_cache import GradientCache
 from gc_accel.trainer import CachedContrastiveTrainer
 
-__all__ = ["CachedContrastiveArguments", "CachedContrastiveTrainer", "DualEncoder", "GradientCache"]
+__all__ = [
+    "CachedContrastiveArguments",
+    "CachedContrastiveTrainer",
+    "DualEncoder",
+    "GradientCache",
+    "VisionEncoder",
+]

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import ProcessorMixin, Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
 
 from gc_accel.arguments import CachedContrastiveArguments
 from gc_accel.chunking import batch_size, call, split_streams
@@ -30,6 +31,7 @@ from gc_accel.losses import LOSSES
 from gc_accel.memory import peak_memory_mib
 
 Representations = dict[str, Tensor]
+logger = logging.get_logger(__name__)
 
 
 class CachedContrastiveTrainer(Trainer):
@@ -277,6 +279,20 @@ class _StepCallback(TrainerCallback):
         encoder = extract_model_from_parallel(model, keep_torch_compile=False)
         if "logit_scale" in encoder.global_names:
             encoder.clamp_logit_scale()
+
+    def on_train_end(
+        self,
+        args: CachedContrastiveArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        skipped = getattr(train_dataloader.samples, "skipped", 0)
+        if skipped:
+            logger.warning(
+                "%d unreadable image(s) were left out of training, each time one was drawn", skipped
+            )
 
 
 def retrieval_of_pairs(reps: Representations) -> dict[str, float]:

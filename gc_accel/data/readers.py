@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from gc_accel.data.epochs import SharedEpoch
+
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 MAX_WORKERS = 256
 
@@ -122,8 +124,8 @@ class ImageTextDataset(torch.utils.data.Dataset[dict[str, Any] | None]):
         self.root = Path(root or "")
         self.on_bad_image = on_bad_image
         self.seed = seed
-        # In shared memory, so that workers that are already running see the epoch and report their skips.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = SharedEpoch()
+        # In shared memory too, so that workers that are already running report their skips.
         self._skipped = torch.zeros(1 + MAX_WORKERS, dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
@@ -149,7 +151,7 @@ class ImageTextDataset(torch.utils.data.Dataset[dict[str, Any] | None]):
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the captions of this epoch from now on, also in workers that are already running."""
-        self._epoch.fill_(epoch)
+        self._epoch.set(epoch)
 
     @property
     def skipped(self) -> int:

@@ -1,5 +1,6 @@
 """Encoders: any published model behind one forward that the gradient cache can call stream by stream."""
 
 from gc_accel.encoders.dual import DualEncoder
+from gc_accel.encoders.vision import VisionEncoder
 
-__all__ = ["DualEncoder"]
+__all__ = ["DualEncoder", "VisionEncoder"]

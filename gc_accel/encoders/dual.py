@@ -13,6 +13,9 @@ from open_clip.push_to_hf_hub import save_config_for_hf
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from gc_accel.encoders.checkpointing import Checkpointing
+from gc_accel.encoders.pixels import PixelNorm
+
 OPEN_CLIP_MODELS = (open_clip.CLIP, open_clip.CustomTextCLIP)
 IMAGE_MODULES = ("vision_model", "visual", "visual_projection")
 GLOBALS = ("logit_scale", "logit_bias")
@@ -21,7 +24,7 @@ MAX_LOGIT_SCALE = 100.0  # Radford et al. 2021, section 2.5
 Stream = Literal["image", "text"]
 
 
-class DualEncoder(nn.Module):
+class DualEncoder(Checkpointing, nn.Module):
     """An image and a text tower in one module, each encoded by itself.
 
     Takes `CLIPModel`, `SiglipModel`, `VisionTextDualEncoderModel` and their like from transformers, PEFT's
@@ -44,8 +47,6 @@ class DualEncoder(nn.Module):
         {'image': ..., 'text': ..., 'logit_scale': ...}
     """
 
-    image_mean: Tensor | None
-    image_std: Tensor | None
     streams: Mapping[str, Sequence[str]] = {
         "image": ("pixel_values", "pixel_attention_mask", "spatial_shapes"),
         "text": ("input_ids", "attention_mask", "position_ids", "token_type_ids"),
@@ -73,12 +74,10 @@ class DualEncoder(nn.Module):
             raise ValueError(f"expected towers to freeze among {list(self.streams)}, got {list(freeze)}")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and _stream_of(name) not in freeze)
-        statistics = (image_mean, image_std)
-        if (image_mean is None) != (image_std is None):
-            raise ValueError(f"expected both image_mean and image_std or neither, got {statistics}")
-        for name, values in zip(("image_mean", "image_std"), statistics, strict=True):
-            buffer = None if values is None else torch.tensor(values).reshape(-1, 1, 1)
-            self.register_buffer(name, buffer, persistent=False)
+        self.normalise = PixelNorm(image_mean, image_std)
+        # What model cards, DeepSpeed and FSDP's wrapping by layer read off a model of transformers.
+        self.config = getattr(model, "config", None)
+        self._no_split_modules = getattr(model, "_no_split_modules", None)
         self.train(model.training)
 
     def forward(
@@ -103,6 +102,10 @@ class DualEncoder(nn.Module):
         return outputs | {n: p.exp() if n == "logit_scale" else p + 0 for n, p in parameters.items()}
 
     @property
+    def published(self) -> Any:
+        return self.model
+
+    @property
     def frozen_streams(self) -> set[str]:
         """Towers without any parameter that trains."""
         training = {_stream_of(name) for name, p in self.model.named_parameters() if p.requires_grad}
@@ -120,16 +123,6 @@ class DualEncoder(nn.Module):
     def clamp_logit_scale(self, maximum: float = MAX_LOGIT_SCALE) -> None:
         """Keep the multiplicative logit scale at or below `maximum`; call it after each optimizer step."""
         self.model.logit_scale.clamp_(max=log(maximum))
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """Recompute activations inside each chunk; never reentrant, which cannot sync once a step."""
-        options = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
-        if options["use_reentrant"]:
-            raise ValueError("expected use_reentrant=False, got True: several calls share one reduction")
-        if self.is_open_clip:
-            self.model.set_grad_checkpointing()
-        else:
-            self.model.gradient_checkpointing_enable(options)
 
     def save_pretrained(self, directory: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write the model's own kind of checkpoint, in safetensors, without a trace of this class.
@@ -164,14 +157,7 @@ class DualEncoder(nn.Module):
         self.model.load_state_dict(weights)
 
     def _image_features(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        pixels = inputs["pixel_values"]
-        if pixels.dtype == torch.uint8:
-            if self.image_mean is None or self.image_std is None:
-                raise ValueError(
-                    "expected image_mean and image_std for uint8 images, got an encoder without: pass it "
-                    "both, or hand over images that are already normalised"
-                )
-            pixels = (pixels.to(self.image_mean.dtype) / 255 - self.image_mean) / self.image_std
+        pixels = self.normalise(inputs["pixel_values"])
         if self.is_open_clip:
             return self.model.encode_image(pixels)
         return self.model.get_image_features(**{**inputs, "pixel_values": pixels}).pooler_output
