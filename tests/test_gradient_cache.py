@@ -52,6 +52,15 @@ def test_equals_the_full_batch(kind, chunk_size, retain):
         assert float(expected[f"model.{name}"].abs()) > 1e-6
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_equals_the_full_batch_in_float32(kind):
+    encoder, batch = dual_encoder(kind).float(), image_text_batch(SIZE)
+    batch["pixel_values"] = batch["pixel_values"].float()
+    _, expected = full_batch(encoder, dense_loss(encoder), batch)
+    GradientCache(encoder, streaming_loss(encoder), 3).forward_backward(batch)
+    assert_equal(take_gradients(encoder), expected)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 8, 9])
 def test_any_batch_size_with_a_last_chunk_of_one(size):
     encoder, batch = dual_encoder("siglip"), image_text_batch(size)
