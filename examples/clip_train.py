@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModel, AutoProcessor, CLIPModel, HfArgumentParser, set_seed
 
 from gc_accel import CachedContrastiveArguments, CachedContrastiveTrainer, DualEncoder
+from gc_accel.cores import use_all_cores
 from gc_accel.data import (
     HandwrittenNumbers,
     ImageTextCollator,
@@ -41,7 +42,7 @@ from gc_accel.pictures import retrieval_sheet, training_curve
 
 BUILT_IN = "numbers"
 OPEN_CLIP = "open_clip:"
-FROM_SCRATCH, FINE_TUNING = 1e-3, 1e-5  # peak learning rates
+FROM_SCRATCH, FINE_TUNING = 3e-3, 1e-5  # peak learning rates
 
 
 def option(default: Any, text: str, **extra: Any) -> Any:
@@ -99,14 +100,14 @@ class TrainArguments(CachedContrastiveArguments):
     chunk_size: int = option(
         128, "Samples that the encoder sees at once. Memory and speed, never the result."
     )
-    num_train_epochs: float = option(4.0, "Epochs.")
+    num_train_epochs: float = option(6.0, "Epochs.")
     learning_rate: float | None = option(
-        None, "Peak; by default 1e-5 to fine-tune a model, 1e-3 from scratch."
+        None, "Peak; by default 1e-5 to fine-tune a model, 3e-3 from scratch."
     )
     weight_decay: float = option(0.1, "Of matrices; scales, biases and norms have none.")
     adam_beta2: float = option(0.98, "Of AdamW; 0.98 suits large batches.")
     lr_scheduler_type: str = option("cosine", "Schedule after the warm-up.")
-    warmup_steps: float = option(0.1, "Steps of warm-up, or a fraction of all steps.")
+    warmup_steps: float = option(0.15, "Steps of warm-up, or a fraction of all steps.")
     eval_strategy: str = option("epoch", "When to evaluate: 'no', 'steps' or 'epoch'.")
     save_strategy: str = option("epoch", "When to write a checkpoint: 'no', 'steps', 'epoch' or 'best'.")
     save_total_limit: int | None = option(2, "Checkpoints to keep.")
@@ -212,6 +213,7 @@ def main() -> None:
     model_args, data_args, args = parse()
     if args.learning_rate is None:
         args.learning_rate = FROM_SCRATCH if model_args.model is None else FINE_TUNING
+    use_all_cores()
     set_seed(args.seed)
     encoder, collator, processor = load_model(model_args)
     with args.main_process_first(desc="loading data"):

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPModel, get_cosine_schedule_with_warmup
 
 from gc_accel import DualEncoder, GradientCache
+from gc_accel.cores import use_all_cores
 from gc_accel.data import (
     BatchPlan,
     ChunkedLoader,
@@ -30,12 +31,13 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--output_dir", default="outputs/clip_no_trainer", help="Where the model is saved.")
 parser.add_argument("--batch_size", type=int, default=1024, help="Contrastive batch of one device.")
 parser.add_argument("--chunk_size", type=int, default=128, help="Samples that the encoder sees at once.")
-parser.add_argument("--epochs", type=int, default=4, help="Passes over the training set.")
+parser.add_argument("--epochs", type=int, default=6, help="Passes over the training set.")
 parser.add_argument("--train_size", type=int, default=60_000, help="Images of the training set.")
-parser.add_argument("--learning_rate", type=float, default=1e-3, help="Peak of the schedule.")
+parser.add_argument("--learning_rate", type=float, default=3e-3, help="Peak of the schedule.")
 parser.add_argument("--seed", type=int, default=42, help="Of weights and data.")
 args = parser.parse_args()
 
+use_all_cores()
 set_seed(args.seed)
 accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
 processor = numbers_processor()
@@ -55,7 +57,7 @@ optimizer = torch.optim.AdamW(
     betas=(0.9, 0.98),
 )
 steps = args.epochs * len(loader)
-schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
+schedule = get_cosine_schedule_with_warmup(optimizer, steps // 7, steps)
 encoder, optimizer = accelerator.prepare(encoder, optimizer)
 cache = GradientCache(encoder, CLIPLoss(), args.chunk_size, accelerator)  # (*)
 
