@@ -1,10 +1,6 @@
 """The examples as a person runs them: through `accelerate launch`, on small sizes."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +9,8 @@ from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
 from gc_accel.data import HandwrittenNumbers
+from tests.launching import QUICK, ROOT, assert_drawn, launch, metrics, training_log
 
-ROOT = Path(__file__).parents[1]
 SMALL = [
     "--train_size",
     "96",
@@ -25,31 +21,6 @@ SMALL = [
     "--chunk_size",
     "8",
 ]
-QUICK = ["--num_train_epochs", "1", "--logging_steps", "1", "--use_cpu"]
-
-
-def launch(script, *arguments, config="cpu.yaml", check=True):
-    """Run an example with a launch configuration, within a hard time limit."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    command += [
-        str(ROOT / "accelerate_configs" / config),
-        str(ROOT / "examples" / script),
-        *map(str, arguments),
-    ]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert not check or run.returncode == 0, run.stderr[-3000:]
-    return run
-
-
-def metrics(folder):
-    return json.loads((folder / "all_results.json").read_text())
-
-
-def training_log(folder):
-    """What was logged of each training step."""
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry for entry in history if "loss" in entry]
 
 
 def assert_complete(folder):
@@ -57,9 +28,7 @@ def assert_complete(folder):
     assert CLIPModel.from_pretrained(folder).config.projection_dim > 0
     assert CLIPProcessor.from_pretrained(folder) is not None
     assert 0 <= metrics(folder)["eval_image_to_text_r1"] <= 1
-    for picture in ("training_curve.png", "retrieval_sheet.png"):
-        pixels = np.asarray(Image.open(folder / picture).convert("L"))
-        assert pixels.std() > 5
+    assert_drawn(folder / "training_curve.png", folder / "retrieval_sheet.png")
     assert (folder / "README.md").exists()
     assert (folder / "trainer_state.json").exists()
 

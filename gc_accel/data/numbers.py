@@ -138,7 +138,7 @@ def _draw_scans(split: Split, numbers: np.ndarray, digits: int, rng: np.random.G
 def _compose(scans: np.ndarray, image_size: int, rng: np.random.Generator) -> np.ndarray:
     """Scans ``(N, digits, 8, 8)`` side by side on black ``(N, S, S)``, each number on one of S / 8 lines."""
     n, digits = scans.shape[:2]
-    rows = SCAN * rng.integers(0, image_size // SCAN, size=n)[:, None] + np.arange(SCAN)
+    rows = SCAN * rng.integers(0, image_size // SCAN, size=(n, 1)) + np.arange(SCAN)
     left = (image_size - SCAN * digits) // 2
     images = np.zeros((n, image_size, image_size), dtype=np.uint8)
     for place in range(digits):

@@ -98,6 +98,9 @@ class VisionEncoder(Checkpointing, nn.Module):
             "image_mean": None if image_mean is None else list(image_mean),
             "image_std": None if image_std is None else list(image_std),
         }
+        # What model cards, DeepSpeed and FSDP's wrapping by layer read off a model of transformers.
+        self.config = getattr(backbone, "config", None)
+        self._no_split_modules = getattr(backbone, "_no_split_modules", None)
         self.train(backbone.training)
 
     @classmethod
