@@ -22,7 +22,9 @@ def launch(script, *arguments, config="cpu.yaml", check=True):
         *map(str, arguments),
     ]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    if sys.platform == "linux":  # one core each, so that examples that run side by side do not wait for one another
+    if (
+        sys.platform == "linux"
+    ):  # one core each, so that examples that run side by side do not wait for one another
         core = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % (os.cpu_count() or 1)
         command = ["taskset", "--cpu-list", str(core), *command]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
