@@ -42,7 +42,7 @@ from gc_accel.pictures import retrieval_sheet, training_curve
 
 BUILT_IN = "numbers"
 OPEN_CLIP = "open_clip:"
-FROM_SCRATCH, FINE_TUNING = 3e-3, 1e-5  # peak learning rates
+FROM_SCRATCH, FINE_TUNING = 4e-3, 1e-5  # peak learning rates
 
 
 def option(default: Any, text: str, **extra: Any) -> Any:
@@ -102,7 +102,7 @@ class TrainArguments(CachedContrastiveArguments):
     )
     num_train_epochs: float = option(6.0, "Epochs.")
     learning_rate: float | None = option(
-        None, "Peak; by default 1e-5 to fine-tune a model, 3e-3 from scratch."
+        None, "Peak; by default 1e-5 to fine-tune a model, 4e-3 from scratch."
     )
     weight_decay: float = option(0.1, "Of matrices; scales, biases and norms have none.")
     adam_beta2: float = option(0.98, "Of AdamW; 0.98 suits large batches.")

@@ -33,7 +33,7 @@ parser.add_argument("--batch_size", type=int, default=1024, help="Contrastive ba
 parser.add_argument("--chunk_size", type=int, default=128, help="Samples that the encoder sees at once.")
 parser.add_argument("--epochs", type=int, default=6, help="Passes over the training set.")
 parser.add_argument("--train_size", type=int, default=60_000, help="Images of the training set.")
-parser.add_argument("--learning_rate", type=float, default=3e-3, help="Peak of the schedule.")
+parser.add_argument("--learning_rate", type=float, default=4e-3, help="Peak of the schedule.")
 parser.add_argument("--seed", type=int, default=42, help="Of weights and data.")
 args = parser.parse_args()
 
