@@ -96,7 +96,7 @@ class CachedContrastiveTrainer(Trainer):
         self.loss = LOSSES[loss]() if isinstance(loss, str) else loss
         self.shared: Representations = {}  # the globals of the latest call, for the logs
         model.register_forward_hook(self._note_globals)
-        self.last_log = (time.monotonic(), 0)  # time and step
+        self.last_log: tuple[float, int] | None = None  # time and step, from the first step of a run on
         self.add_callback(_StepCallback())
 
     @property
@@ -107,6 +107,7 @@ class CachedContrastiveTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Leave the gradient of the loss of one batch, a lazy sequence of chunks, on the weights."""
         model.train()
+        self.last_log = self.last_log or (time.monotonic(), self.state.global_step)
         retain: Any = self.args.retain if self.args.retain == "all" else int(self.args.retain)
         self.accelerator.gradient_accumulation_steps = self.current_gradient_accumulation_steps
         cache = GradientCache(model, self.loss, self.args.chunk_size, self.accelerator, retain)
@@ -116,6 +117,7 @@ class CachedContrastiveTrainer(Trainer):
         """A `ChunkedLoader` with as many batches per epoch as `drop_last` leaves of the data set."""
         if self.train_dataset is None:
             raise ValueError("expected a train_dataset, got None: pass one to train")
+        self.last_log = None
         sort_key = getattr(self.train_dataset, "text_length", None) if self.args.sort_by_length else None
         plan = BatchPlan(
             len(self.train_dataset),
@@ -185,6 +187,7 @@ class CachedContrastiveTrainer(Trainer):
             reps, shared = self._encode(dataloader)
             metrics = self.compute_metrics(reps)
             metrics["loss"] = float(self._loss_of(reps, shared))
+        self.last_log = None  # throughput is that of training alone
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         count = batch_size(reps)
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=count)
@@ -216,7 +219,7 @@ class CachedContrastiveTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add logit scale, throughput and peak memory to the logs of training steps."""
-        if "loss" in logs:
+        if "loss" in logs and self.last_log is not None:
             (then, step), now = self.last_log, time.monotonic()
             steps, self.last_log = self.state.global_step - step, (now, self.state.global_step)
             samples = steps * self.get_total_train_batch_size(self.args)
