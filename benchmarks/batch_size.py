@@ -1,9 +1,9 @@
 """What the batch size is worth: batch 64 against batch 1,024 at the same number of samples seen.
 
-    python benchmarks/batch_size.py            # every batch size at each learning rate, then the plot and table
+    python benchmarks/batch_size.py            # all runs, one after the other, then the table and the plot
 
-Each batch size gets its best learning rate of the list. Runs that are already in the output folder are not
-repeated. The built-in data set, the model and the schedule are those of examples/clip_train.py.
+The plot has each batch size at the best of its learning rates. Runs that are already in the output folder are
+not repeated. Data set, model and schedule are those of examples/clip_train.py.
 """
 
 import argparse
@@ -52,17 +52,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[64, 1024])
-    parser.add_argument("--learning_rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3])
+    runs = ["64:5e-4", "64:1e-3", "1024:3e-3", "1024:4e-3"]
+    parser.add_argument("--runs", nargs="+", default=runs, help="batch size:learning rate")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/batch_size"))
     args = parser.parse_args()
 
-    logs = {
-        (size, rate): run(args.output_dir, size, rate, args.seed)
-        for size in args.batch_sizes
-        for rate in args.learning_rates
-    }
+    logs: dict[tuple[int, float], list[dict]] = {}
+    for each in args.runs:
+        size, rate = int(each.partition(":")[0]), float(each.partition(":")[2])
+        logs[size, rate] = run(args.output_dir, size, rate, args.seed)
     print("| batch | learning rate | image to text R@1 | text to image R@1 |\n|---|---|---|---|")
     for (size, rate), log in logs.items():
         scores = " | ".join(f"{100 * evaluations(log)[-1][name]:.1f} %" for name in BOTH)
@@ -71,8 +70,8 @@ def main() -> None:
     figure = Figure(figsize=(6, 3.6), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for size in args.batch_sizes:
-        rate = max(args.learning_rates, key=lambda rate: mean_r1(logs[size, rate]))
+    for size in sorted({size for size, _ in logs}):
+        rate = max((r for s, r in logs if s == size), key=lambda rate: mean_r1(logs[size, rate]))
         entries = evaluations(logs[size, rate])
         seen = [entry["step"] * size / 1000 for entry in entries]
         scores = [50 * sum(entry[name] for name in BOTH) for entry in entries]
