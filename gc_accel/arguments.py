@@ -24,7 +24,7 @@ class CachedContrastiveArguments(TrainingArguments):
     )
     retain: str = field(
         default="1",
-        metadata={"help": "Chunks whose graph is kept from the first pass: a number, or 'all'. 1 is free."},
+        metadata={"help": "Chunks whose graph is kept from the first pass: a number, or 'all'."},
     )
     sort_by_length: bool = field(
         default=True,

@@ -73,23 +73,25 @@ def split_streams(
 
 
 def concatenate(parts: Sequence[Inputs]) -> Inputs:
-    """Join the parts of per-sample values: tensors along their first dimension, lists end to end."""
-    if isinstance(parts[0], Tensor):
+    """Join per-sample values, tensors along their first dimension and lists end to end; keep any other value."""
+    if isinstance(parts[0], Tensor) and parts[0].ndim:
         return torch.cat(list(parts))
-    return [value for part in parts for value in part]
+    if isinstance(parts[0], (list, tuple)):
+        return [value for part in parts for value in part]
+    return parts[0]
 
 
 def call(fn: Callable[..., Any], inputs: Inputs) -> Any:
     """Call `fn` in the way that the structure of its inputs asks for.
 
-    A mapping goes in by keyword, a list or tuple by position, a tuple of a list and a mapping by both,
-    anything else as the single argument.
+    A mapping goes in by keyword, a list or tuple of inputs by position, a tuple of a list and a mapping by
+    both, anything else, such as a list of captions, as the single argument.
     """
     if isinstance(inputs, Mapping):
         return fn(**inputs)
-    if isinstance(inputs, tuple) and len(inputs) == 2 and isinstance(inputs[1], Mapping):
+    if isinstance(inputs, tuple) and len(inputs) == 2 and isinstance(inputs[0], list):
         return fn(*inputs[0], **inputs[1])
-    if isinstance(inputs, (list, tuple)):
+    if isinstance(inputs, (list, tuple)) and _is_container(inputs):
         return fn(*inputs)
     return fn(inputs)
 

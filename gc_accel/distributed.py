@@ -153,6 +153,12 @@ class Replicas:
                 "expected DistributedDataParallel without static_graph, got static_graph=True: a step calls "
                 "it in several ways. Use find_unused_parameters=True instead"
             )
+        several = accelerator is not None and accelerator.num_processes > 1
+        if several and not any(encoder is prepared for prepared in accelerator._models):
+            raise ValueError(
+                "expected the encoder that accelerator.prepare returned, got another: its gradients would never "
+                "be reduced over ranks"
+            )
         self.encoder = encoder
         self.model: Any = encoder  # without what wraps it
         if isinstance(encoder, nn.Module):

@@ -38,15 +38,14 @@ from gc_accel.rng import RngState
 
 Named = dict[Any, Tensor]
 Encoded = tuple[Named, Callable[[], Named]]  # leaves, which hold the cached gradients after the loss; replay
-BATCH_NORM_REMEDY = "its statistics would be a chunk's. Put it in eval mode, or use GroupNorm or LayerNorm"
 Piece = tuple[Any, Inputs]  # a stream (None where the encoder declares none) and its inputs
 
 
 def encode(fn: Callable[..., Any], chunk: Inputs, *, device: torch.device, retain: bool = False) -> Encoded:
     """Encode a chunk now and be ready to encode it again: the primitive under every schedule.
 
-    Returns the outputs of `fn` as leaves in float32 (float64 stays), by name or position, and `replay`, which
-    gives them again with a graph, from the same RNG state. `retain` keeps the graph of this pass for it.
+    Returns its outputs as leaves in float32 (float64 stays), and `replay`, which gives them again with a graph
+    from the same RNG state. `retain` keeps the graph of this pass for it.
     """
 
     def run() -> Named:
@@ -69,14 +68,12 @@ class GradientCache:
     """Exact full-batch gradients, chunk by chunk.
 
     Args:
-        encoder: any callable from a chunk to its representations (a tensor, a tuple or a mapping of them), or
-            what `accelerator.prepare` made of one.
+        encoder: any callable from a chunk to a tensor, tuple or mapping of representations, prepared or not.
         loss_fn: any callable on representations, in the structure that the encoder returns; on several ranks
             it sees the whole batch, but for a `GlobalLoss`, which reaches over ranks by itself at less cost.
         chunk_size: samples that the encoder sees at once, for all streams or by stream.
         accelerator: the one that prepared the encoder (precision, scaler, accumulation, reduction).
-        retain: how many chunks of the costliest stream keep the graph of the first pass; 1 costs no extra
-            peak memory, "all" is one pass with the memory of the whole batch.
+        retain: how many chunks of the costliest stream keep the graph of their first pass, or "all".
     """
 
     def __init__(
@@ -94,11 +91,9 @@ class GradientCache:
         self.global_names: frozenset[Any] = frozenset(getattr(self.model, "global_names", ()))
         sizes = chunk_size if isinstance(chunk_size, Mapping) else dict.fromkeys(self.streams, chunk_size)
         if set(sizes) != set(self.streams) or min(sizes.values()) < 1:
-            raise ValueError(
-                f"expected chunks of at least 1 sample for {list(self.streams)}, got {chunk_size}"
-            )
-        if retain != "all" and retain < 0:
-            raise ValueError(f'expected retain to be "all" or a number of chunks from 0, got {retain}')
+            raise ValueError(f"expected chunks of at least 1 sample of {[*self.streams]}, got {chunk_size}")
+        if retain != "all" and (isinstance(retain, str) or retain < 0):
+            raise ValueError(f'expected retain to be "all" or a number of chunks from 0, got {retain!r}')
         self.chunk_sizes: Mapping[Any, int] = sizes
         self.retain = float("inf") if retain == "all" else retain
 
@@ -114,8 +109,9 @@ class GradientCache:
         BatchNorm in training mode, and a loss that ignores a representation.
         """
         modules = self.model.named_modules() if isinstance(self.model, nn.Module) else ()
-        if names := [name for name, each in modules if isinstance(each, _BatchNorm) and each.training]:
-            raise ValueError(f"expected no BatchNorm in training mode, got {names}: {BATCH_NORM_REMEDY}")
+        norms = [(name, each) for name, each in modules if isinstance(each, _BatchNorm)]
+        if names := [name for name, each in norms if each.training or each.running_mean is None]:
+            raise ValueError(f"expected no BatchNorm in training mode, got {names}: freeze it (eval mode)")
         frozen = getattr(self.model, "frozen_streams", ())
         trained = [name for name in self.streams if name not in frozen] or list(self.streams)
         joint, extras = dict[Any, Inputs](), defaultdict[str, list[Any]](list)
@@ -131,7 +127,10 @@ class GradientCache:
         everything = not again and len(retained) < self.retain
         with self.replicas.reducing(everything):
             last = self._encode(joint, everything)
-        loss_kwargs |= {key: concatenate(parts) for key, parts in extras.items()}
+        if twice := loss_kwargs.keys() & extras:
+            raise ValueError(f"expected {sorted(twice)} in the chunks or by keyword, got both")
+        joined = {key: concatenate(parts) for key, parts in extras.items()}
+        loss_kwargs |= send_to_device(joined, self.replicas.device)
         loss = self._cache_gradients(last, again + retained, loss_kwargs)
         for each in () if everything else retained + again:
             self._push([each], sync=False)

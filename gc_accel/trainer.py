@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from gc_accel.arguments import CachedContrastiveArguments
 from gc_accel.chunking import batch_size, call, split_streams
-from gc_accel.data import BatchPlan, ChunkedLoader, ImageTextCollator, image_statistics
+from gc_accel.data import BatchPlan, ChunkedLoader, ImageTextCollator
 from gc_accel.distributed import GlobalLoss, RankedBatch
 from gc_accel.encoders import DualEncoder
 from gc_accel.evaluation import retrieval_metrics
@@ -31,6 +31,7 @@ from gc_accel.losses import LOSSES
 from gc_accel.memory import peak_memory_mib
 
 Representations = dict[str, Tensor]
+PADDING_TOLERANCE = 1e-4  # distance of unit vectors that rounding explains
 logger = logging.get_logger(__name__)
 
 
@@ -38,11 +39,12 @@ class CachedContrastiveTrainer(Trainer):
     """Train a contrastive model at any batch size.
 
     Args:
-        model: an image-text model of transformers or open_clip, or an encoder of `gc_accel`.
+        model: an image-text model of transformers or open_clip, or an encoder of `gc_accel`; one of your own
+            declares `streams` as those do, and has `save_pretrained` and `load_pretrained`.
         args: `per_device_train_batch_size` is the contrastive batch of one device, `chunk_size` what its
             encoder sees at once.
-        loss: a name in `gc_accel.losses.LOSSES`, any callable on representations, or None: "siglip" for a
-            model with a logit bias, "clip" otherwise.
+        loss: a name in `gc_accel.losses.LOSSES`, any callable on representations, or, for image-text models,
+            None: "siglip" for one with a logit bias, "clip" otherwise.
         train_dataset: map-style, with samples as the collator takes them.
         eval_dataset: likewise, or a dict of such.
         processing_class: a processor with `image_processor` and `tokenizer`; saved along with the model.
@@ -68,14 +70,18 @@ class CachedContrastiveTrainer(Trainer):
         compute_metrics: Callable[[Representations], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not hasattr(model, "streams"):  # a model as published
-            mean, std = (None, None) if processing_class is None else image_statistics(processing_class)
-            model = DualEncoder(model, image_mean=mean, image_std=std)
         if data_collator is None:
             if processing_class is None:
                 raise ValueError("expected a processing_class or a data_collator, got neither: pass one")
             data_collator = ImageTextCollator(processing_class)
-        if isinstance(data_collator, ImageTextCollator) and not _padding_is_inert(model, data_collator):
+        if not hasattr(model, "streams"):  # a model as published
+            mean, std = getattr(data_collator, "statistics", (None, None))
+            model = DualEncoder(model, image_mean=mean, image_std=std)
+        if (
+            "text" in model.streams
+            and isinstance(data_collator, ImageTextCollator)
+            and not _padding_is_inert(model, data_collator)
+        ):
             data_collator.padding = "max_length"
         if args.n_gpu > 1:
             args._n_gpu = 1  # DataParallel would cut every chunk; further GPUs come by `accelerate launch`
@@ -89,8 +95,11 @@ class CachedContrastiveTrainer(Trainer):
             compute_metrics=compute_metrics or retrieval_of_pairs,
             **kwargs,
         )
+        self.global_names = tuple(getattr(model, "global_names", ()))
+        if loss is None and set(model.streams) != {"image", "text"}:
+            raise ValueError(f"expected a loss for an encoder of {list(model.streams)}, got None: pass one")
         if loss is None:
-            loss = "siglip" if "logit_bias" in model.global_names else "clip"
+            loss = "siglip" if "logit_bias" in self.global_names else "clip"
         if isinstance(loss, str) and loss not in LOSSES:
             raise ValueError(f"expected a loss among {sorted(LOSSES)} or a callable, got {loss!r}")
         self.loss = LOSSES[loss]() if isinstance(loss, str) else loss
@@ -161,6 +170,10 @@ class CachedContrastiveTrainer(Trainer):
         if dataset is None:
             raise ValueError("expected an eval_dataset, got None: pass one to evaluate")
         rank, world = self.args.process_index, self.args.world_size
+        if len(dataset) < world:
+            raise ValueError(
+                f"expected a sample for each of {world} processes, got {len(dataset)} to evaluate on"
+            )
         own = range(rank * len(dataset) // world, (rank + 1) * len(dataset) // world)
         return DataLoader(
             Subset(dataset, own),
@@ -205,7 +218,9 @@ class CachedContrastiveTrainer(Trainer):
             for name, value in (call(model, inputs) | labels).items():
                 parts[name].append(value.float() if value.is_floating_point() else value)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        shared = {name: parts.pop(name)[0] for name in self.encoder.global_names}
+        if not parts:
+            raise ValueError("expected at least one sample to evaluate on, got none that could be read")
+        shared = {name: parts.pop(name)[0] for name in self.global_names}
         own = {name: torch.cat(values) for name, values in parts.items()}
         batch = RankedBatch(batch_size(own), self.args.device)
         return {name: batch.gather(value) for name, value in own.items()}, shared
@@ -229,7 +244,7 @@ class CachedContrastiveTrainer(Trainer):
         super().log(logs, start_time)
 
     def _note_globals(self, module: nn.Module, args: Any, outputs: Representations) -> None:
-        self.shared = {name: outputs[name].detach() for name in self.encoder.global_names}
+        self.shared = {name: outputs[name].detach() for name in self.global_names}
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
@@ -280,7 +295,7 @@ class _StepCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         encoder = extract_model_from_parallel(model, keep_torch_compile=False)
-        if "logit_scale" in encoder.global_names:
+        if isinstance(encoder, DualEncoder):
             encoder.clamp_logit_scale()
 
     def on_train_end(
@@ -319,4 +334,4 @@ def _padding_is_inert(encoder: nn.Module, collator: ImageTextCollator) -> bool:
     alone = encoder(text=send_to_device(collator.tokenize([short]), device))["text"]
     padded = encoder(text=send_to_device(collator.tokenize([short, long]), device))["text"][:1]
     encoder.train(was_training)
-    return torch.allclose(alone, padded, atol=1e-3)
+    return bool((alone - padded).norm() < PADDING_TOLERANCE)

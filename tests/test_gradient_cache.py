@@ -238,6 +238,32 @@ def test_lists_of_captions_are_sliced_with_the_batch():
     assert_equal(take_gradients(embedding), expected)
 
 
+@pytest.mark.parametrize("chunk_size", [1, 2, 16])
+def test_a_list_of_captions_is_one_argument(chunk_size):
+    embedding = nn.Embedding(30, 5).double()
+
+    def encoder(texts):
+        return embedding(torch.tensor([len(text) for text in texts]))
+
+    texts = ["a" * n for n in range(7)]
+    pair_loss(encoder(texts)).backward()
+    expected = take_gradients(embedding)
+    GradientCache(encoder, pair_loss, chunk_size).forward_backward(texts)
+    assert_equal(take_gradients(embedding), expected)
+
+
+def test_whole_batch_values_in_chunks_reach_the_loss_once():
+    encoder, batch = dual_encoder("clip"), image_text_batch(SIZE)
+    seen = []
+
+    def loss(flag, weight, **reps):
+        seen.append((flag, weight))
+        return CLIPLoss()(**reps)
+
+    GradientCache(encoder, loss, 3).forward_backward({**batch, "flag": None, "weight": torch.tensor(2.0)})
+    assert seen == [(None, torch.tensor(2.0))]
+
+
 def test_chunks_are_read_lazily():
     """The first chunk is encoded before the third is asked for (one is looked ahead, to be retained)."""
     encoder, events = Pair(), []
@@ -324,6 +350,7 @@ class TestBadInput:
 
     def test_retain(self):
         self.check("retain", retain=-1)
+        self.check("retain", retain="al")
 
     def test_modalities_of_different_lengths(self):
         batch = image_text_batch(4)
@@ -343,6 +370,15 @@ class TestBadInput:
         encoder[1].eval()
         GradientCache(encoder, pair_loss, 2).forward_backward(torch.randn(4, 6))
         assert encoder[0].weight.grad.norm() > 0
+
+    def test_batch_norm_without_running_statistics_even_in_eval_mode(self):
+        encoder = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5, track_running_stats=False)).eval()
+        self.check("BatchNorm", encoder, pair_loss, torch.randn(4, 6))
+
+    def test_labels_given_twice(self):
+        encoder, batch = dual_encoder("clip"), {**image_text_batch(4), "labels": torch.arange(4)}
+        with pytest.raises(ValueError, match=r"\['labels'\] in the chunks or by keyword"):
+            GradientCache(encoder, CLIPLoss()).forward_backward(batch, labels=torch.arange(4))
 
     def test_loss_that_ignores_a_representation(self):
         self.check(r"ignores \['text'\]", loss_fn=lambda image, **_: image.square().sum() + image.sum())

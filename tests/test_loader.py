@@ -112,6 +112,12 @@ def test_chunks_left_out_by_the_collator_are_skipped():
     assert [list(batch) for batch in keep_even] == [[[0], [2], [4], [6]]]
 
 
+def test_a_batch_of_which_everything_is_left_out_is_named():
+    nothing = ChunkedLoader(Rows(8), BatchPlan(8, 4, 2), lambda rows: None)
+    with pytest.raises(ValueError, match=r"batch 0 of epoch 0.*all left out"):
+        list(next(iter(nothing)))
+
+
 def test_data_set_smaller_than_the_global_batch_is_refused():
     with pytest.raises(ValueError, match=r"batch of 6 samples on 4 process\(es\), got a data set of 23"):
         BatchPlan(23, 6, 4, world_size=4)

@@ -101,6 +101,15 @@ def test_half_precision_is_lifted_to_float32(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
+def test_autocast_around_a_loss_changes_nothing(name):
+    inputs = make_inputs(33, dtype=torch.float32)
+    expected = value_and_gradients(LOSSES[name][0](), inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = value_and_gradients(LOSSES[name][0](), inputs)
+    assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("name", LOSSES)
 def test_extreme_logits_stay_finite(name):
     rows = F.normalize(torch.randn(6, 8), dim=1).repeat(2, 1)
     inputs = {"image": rows, "text": -rows, "logit_scale": torch.tensor([100.0])}

@@ -3,15 +3,22 @@
 import json
 import math
 
+import open_clip
 import pytest
 import torch
 from torch import nn
 from transformers import CLIPModel, CLIPProcessor, Trainer, TrainingArguments
 
 from gc_accel import CachedContrastiveArguments, CachedContrastiveTrainer, DualEncoder
-from gc_accel.data import HandwrittenNumbers, ImageTextCollator, numbers_config, numbers_processor
+from gc_accel.data import (
+    HandwrittenNumbers,
+    ImageTextCollator,
+    OpenClipCollator,
+    numbers_config,
+    numbers_processor,
+)
 from gc_accel.losses import dense
-from tests.models import siglip
+from tests.models import open_clip_vit, siglip
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
 SMALL = {"width": 16, "layers": 1, "heads": 2}
@@ -240,6 +247,34 @@ def test_captions_are_padded_fully_where_the_model_sees_the_padding(tmp_path):
     assert make_trainer(tmp_path, model=model).data_collator.padding == "max_length"
 
 
+def test_open_clip_model_trains_as_it_is(tmp_path):
+    model = open_clip_vit()
+    open_clip.model.set_model_preprocess_cfg(model, {"size": 8, "mean": (0.5,) * 3, "std": (0.5,) * 3})
+
+    def tokenizer(texts):
+        return torch.tensor([[len(word) for word in (text + " x" * 8).split()[:8]] for text in texts])
+
+    args = CachedContrastiveArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=8,
+        chunk_size=3,
+        max_steps=2,
+        use_cpu=True,
+        report_to="none",
+    )
+    data = HandwrittenNumbers("train", size=16)
+    collator = OpenClipCollator(model.visual.preprocess_cfg, tokenizer)
+    trainer = CachedContrastiveTrainer(
+        model, args, train_dataset=data, eval_dataset=data, data_collator=collator
+    )
+    before = weights(trainer)
+    trainer.train()
+    assert not torch.equal(before["text_projection"], weights(trainer)["text_projection"])
+    assert trainer.evaluate()["eval_loss"] > 0
+    trainer.save_model()
+    assert (tmp_path / "open_clip_model.safetensors").exists()
+
+
 def test_frozen_tower_stays_as_it_was(tmp_path):
     encoder = DualEncoder(clip_model(), image_mean=(0.5,) * 3, image_std=(0.5,) * 3, freeze=("image",))
     trainer = make_trainer(tmp_path, model=encoder, num_train_epochs=1)
@@ -282,6 +317,12 @@ class TestBadArguments:
         with pytest.raises(ValueError, match="at least one global batch of 8"):
             trainer.train()
         assert all(torch.equal(value, before[name]) for name, value in weights(trainer).items())
+
+    def test_no_loss_for_a_vision_encoder(self, tmp_path):
+        encoder = nn.Linear(1, 1)
+        encoder.streams = {"views": ("pixel_values",)}
+        with pytest.raises(ValueError, match="expected a loss"):
+            make_trainer(tmp_path, model=encoder)
 
     def test_no_collator(self, tmp_path):
         args = CachedContrastiveArguments(output_dir=str(tmp_path), use_cpu=True)

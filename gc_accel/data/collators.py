@@ -62,6 +62,7 @@ class ImageTextCollator:
     def __init__(self, processing_class: ProcessorMixin, *, max_length: int | None = None) -> None:
         self.image_processor = processing_class.image_processor
         self.tokenizer = processing_class.tokenizer
+        self.statistics = image_statistics(processing_class)
         if max_length is None and self.tokenizer.model_max_length < UNLIMITED:
             max_length = self.tokenizer.model_max_length
         self.max_length = max_length
@@ -126,6 +127,7 @@ class OpenClipCollator:
         assert isinstance(to_tensor, MaybeToTensor)
         assert isinstance(normalize, Normalize)
         self.transform = Compose(resize_and_crop)
+        self.statistics = (normalize.mean, normalize.std)
         self.tokenizer = tokenizer
 
     def __call__(self, items: Sequence[Item | None]) -> Chunk | None:

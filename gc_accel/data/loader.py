@@ -123,10 +123,16 @@ class _Batches(IterableDataset):
             self.plan.first = index
             self.chunks = iter(self.chunk_loader)
         self.next_batch = None
+        empty = True
         for _ in range(0, self.plan.batch_size, self.plan.chunk_size):
             chunk = next(self.chunks)
             if chunk is not None:  # None: every sample of it was left out
+                empty = False
                 yield chunk
+        if empty:
+            raise ValueError(
+                f"expected samples in batch {index} of epoch {self.plan.epoch}, got none: all left out"
+            )
         self.next_batch = index + 1
 
 

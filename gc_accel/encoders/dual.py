@@ -27,8 +27,8 @@ Stream = Literal["image", "text"]
 class DualEncoder(Checkpointing, nn.Module):
     """An image and a text tower in one module, each encoded by itself.
 
-    Takes `CLIPModel`, `SiglipModel`, `VisionTextDualEncoderModel` and their like from transformers, PEFT's
-    wrapping of them, and the models of open_clip. The towers keep the model's own forward code; what this
+    Takes `CLIPModel`, `SiglipModel`, `VisionTextDualEncoderModel` and their like from transformers, and the
+    models of open_clip. The towers keep the model's own forward code; what this
     class owns is the way in and out. The logit scale becomes a parameter of shape `(1,)` inside (sharding
     backends take no 0-d parameters) and gets its own shape back in every checkpoint.
 

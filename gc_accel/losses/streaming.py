@@ -42,7 +42,9 @@ def logsumexp_both_ways(
         bias: `(1,)` or None, is added to them.
         tile_budget: bytes of tiles to keep for the backward pass.
     """
-    return _LogSumExp.apply(rows, columns, scale, bias, None, tile_budget if torch.is_grad_enabled() else 0)
+    kept = tile_budget if torch.is_grad_enabled() else 0
+    with torch.autocast(rows.device.type, enabled=False):
+        return _LogSumExp.apply(rows, columns, scale, bias, None, kept)
 
 
 def logsumexp_over_pairs(
@@ -60,7 +62,8 @@ def logsumexp_over_pairs(
         pairs: which pairs count; those above the diagonal count for the rows of both.
     """
     kept = tile_budget if torch.is_grad_enabled() else 0
-    return _LogSumExp.apply(rows, columns, scale, None, pairs, kept)[0]
+    with torch.autocast(rows.device.type, enabled=False):
+        return _LogSumExp.apply(rows, columns, scale, None, pairs, kept)[0]
 
 
 def sigmoid_cross_entropy(
@@ -75,7 +78,8 @@ def sigmoid_cross_entropy(
         row_ids: `(R,)` integers, column_ids: `(C,)`.
     """
     wanted = torch.is_grad_enabled()
-    return _SigmoidCrossEntropy.apply(rows, columns, scale, bias, row_ids, column_ids, wanted)
+    with torch.autocast(rows.device.type, enabled=False):
+        return _SigmoidCrossEntropy.apply(rows, columns, scale, bias, row_ids, column_ids, wanted)
 
 
 def tiles(rows: int, columns: int, above_diagonal: bool = False) -> Iterator[tuple[slice, slice]]:
