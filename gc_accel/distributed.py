@@ -153,16 +153,18 @@ class Replicas:
                 "expected DistributedDataParallel without static_graph, got static_graph=True: a step calls "
                 "it in several ways. Use find_unused_parameters=True instead"
             )
-        several = accelerator is not None and accelerator.num_processes > 1
-        if several and not any(encoder is prepared for prepared in accelerator._models):
-            raise ValueError(
-                "expected the encoder that accelerator.prepare returned, got another: its gradients would never "
-                "be reduced over ranks"
-            )
         self.encoder = encoder
         self.model: Any = encoder  # without what wraps it
         if isinstance(encoder, nn.Module):
             self.model = extract_model_from_parallel(encoder, keep_torch_compile=False)
+        prepared = [self.model]
+        if accelerator is not None and accelerator.num_processes > 1:
+            prepared = accelerator._models
+        if not any(each is encoder or each is self.model for each in prepared):
+            raise ValueError(
+                "expected the encoder that accelerator.prepare returned, got another: its gradients would never "
+                "be reduced over ranks"
+            )
         self.accelerator = accelerator
         self.group = encoder.process_group if isinstance(encoder, DistributedDataParallel) else None
         if accelerator is not None:
