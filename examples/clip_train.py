@@ -92,7 +92,7 @@ class DataArguments:
 
 @dataclass
 class TrainArguments(CachedContrastiveArguments):
-    """The trainer's arguments, with defaults for the built-in data: minutes on two cores."""
+    """The trainer's arguments, with defaults for the built-in data: about six minutes on two cores."""
 
     output_dir: str = option("outputs/clip", "Folder for everything that is written.")
     per_device_train_batch_size: int = option(1024, "Contrastive batch of one device.")

@@ -1,6 +1,7 @@
 """The examples as a person runs them: through `accelerate launch`, on small sizes."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -131,3 +132,4 @@ def test_readme_commands_are_those_that_are_tested():
     tests = 'pytest -n 2 -m "not slow and not gpu"'
     assert tests in readme
     assert tests in ci
+    assert not re.findall(r"\b[A-Z]+_[A-Z0-9_]{2,}\b", readme), "a placeholder was left"
