@@ -37,8 +37,9 @@ from gc_accel.data import (
     numbers_config,
     numbers_processor,
 )
-from gc_accel.evaluation import retrieval_metrics, zero_shot_accuracy, zero_shot_classifier
+from gc_accel.evaluation import zero_shot_accuracy, zero_shot_classifier
 from gc_accel.pictures import retrieval_sheet, training_curve
+from gc_accel.trainer import retrieval_of_pairs
 
 BUILT_IN = "numbers"
 OPEN_CLIP = "open_clip:"
@@ -220,7 +221,7 @@ def main() -> None:
         train_set, eval_set = load_data(data_args, args.data_seed or 0)
 
     def metrics(reps: dict[str, Tensor]) -> dict[str, float]:
-        scores = retrieval_metrics(reps["image"], reps["text"], labels=reps.get("labels"))
+        scores = retrieval_of_pairs(reps)
         if data_args.dataset == BUILT_IN:  # zero-shot: which of all the numbers is it?
             numbers, captions = all_captions(data_args.digits)
             classes = text_encoder(trainer)(captions)
