@@ -26,14 +26,16 @@ def run(folder: Path, batch_size: int, learning_rate: float, seed: int) -> list[
     output = folder / f"batch{batch_size}_lr{learning_rate:g}_seed{seed}"
     state = output / "trainer_state.json"
     if not state.exists():
-        command = [sys.executable, str(EXAMPLE), "--output_dir", str(output), "--seed", str(seed)]
-        command += [
-            "--per_device_train_batch_size",
-            str(batch_size),
-            "--chunk_size",
-            str(min(batch_size, 128)),
-        ]
-        command += ["--learning_rate", f"{learning_rate:g}", "--save_strategy", "no"]
+        options = {
+            "output_dir": output,
+            "seed": seed,
+            "per_device_train_batch_size": batch_size,
+            "chunk_size": min(batch_size, 128),
+            "learning_rate": learning_rate,
+            "save_strategy": "no",
+        }
+        flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+        command = [sys.executable, str(EXAMPLE), *flags]
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
         subprocess.run(command, check=True, env=environment)
     return json.loads(state.read_text())["log_history"]
@@ -52,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    runs = ["64:5e-4", "64:1e-3", "1024:3e-3", "1024:4e-3"]
+    runs = ["64:5e-4", "64:1e-3", "64:2e-3", "1024:3e-3", "1024:4e-3", "1024:6e-3"]
     parser.add_argument("--runs", nargs="+", default=runs, help="batch size:learning rate")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/batch_size"))

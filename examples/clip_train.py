@@ -10,9 +10,8 @@ Written to the output folder: the model in its own format, checkpoints and the t
 (all_results.json), training_curve.png, and retrieval_sheet.png: test images with the captions found for them.
 """
 
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,10 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import AutoModel, AutoProcessor, CLIPModel, HfArgumentParser, set_seed
+from transformers import AutoModel, AutoProcessor, CLIPModel, set_seed
 
 from gc_accel import CachedContrastiveArguments, CachedContrastiveTrainer, DualEncoder
+from gc_accel.command_line import option, parse
 from gc_accel.cores import use_all_cores
 from gc_accel.data import (
     HandwrittenNumbers,
@@ -33,10 +33,10 @@ from gc_accel.data import (
     OpenClipCollator,
     all_captions,
     image_statistics,
-    load_image_text,
     numbers_config,
     numbers_processor,
 )
+from gc_accel.data.splits import SplitArguments, load_splits
 from gc_accel.evaluation import zero_shot_accuracy, zero_shot_classifier
 from gc_accel.pictures import retrieval_sheet, training_curve
 from gc_accel.trainer import retrieval_of_pairs
@@ -44,11 +44,6 @@ from gc_accel.trainer import retrieval_of_pairs
 BUILT_IN = "numbers"
 OPEN_CLIP = "open_clip:"
 FROM_SCRATCH, FINE_TUNING = 4e-3, 1e-5  # peak learning rates
-
-
-def option(default: Any, text: str, **extra: Any) -> Any:
-    """A field of an argument dataclass with its help."""
-    return field(default=default, metadata={"help": text, **extra})
 
 
 @dataclass
@@ -66,7 +61,7 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
+class DataArguments(SplitArguments):
     """Which data, and which columns of it."""
 
     dataset: str = option(
@@ -74,16 +69,8 @@ class DataArguments:
         "'numbers' (built in), a folder of images with metadata.csv or metadata.jsonl, a csv, jsonl or parquet "
         "file, or a data set of the hub.",
     )
-    dataset_config: str | None = option(None, "Configuration, for a data set that has several.")
-    train_split: str = option("train", "Split to train on.")
-    eval_split: str | None = option(
-        None, "Split to evaluate on; by default part of the training split is held out."
-    )
-    eval_size: int = option(1000, "Samples to evaluate on.")
-    image_column: str = option("image", "Column with images, their bytes or their paths.")
     caption_column: str = option("text", "Column with captions, or with lists of which each epoch draws one.")
     label_column: str | None = option(None, "Column of integers: equal ones are positives of one another.")
-    on_bad_image: str = option("error", "What to do with unreadable images.", choices=["error", "skip"])
     zero_shot_folder: str | None = option(
         None, "Folder with one subfolder of images per class, to be classified by 'a photo of a <class>.'"
     )
@@ -115,16 +102,6 @@ class TrainArguments(CachedContrastiveArguments):
     report_to: str = option("none", "Tracker: 'tensorboard', 'wandb', ... or 'none'.")
 
 
-def parse() -> tuple[ModelArguments, DataArguments, TrainArguments]:
-    """Arguments from the command line, or from one YAML or JSON file."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainArguments))
-    if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml")):
-        return parser.parse_yaml_file(sys.argv[1])
-    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-        return parser.parse_json_file(sys.argv[1])
-    return parser.parse_args_into_dataclasses()
-
-
 def load_model(args: ModelArguments) -> tuple[DualEncoder, Any, Any]:
     """The encoder, the collator that feeds it, and the processor to save with it (open_clip has none)."""
     freeze: Any = () if args.freeze is None else (args.freeze,)
@@ -151,18 +128,7 @@ def load_data(args: DataArguments, seed: int) -> tuple[Dataset, Dataset]:
         sizes: dict[Any, int] = {"train": args.train_size, "test": args.eval_size}
         train, test = (HandwrittenNumbers(s, size=n, digits=args.digits, seed=seed) for s, n in sizes.items())
         return train, test
-    options: dict[str, Any] = {"name": args.dataset_config, "image_column": args.image_column}
-    rows = load_image_text(args.dataset, args.train_split, **options)
-    if args.eval_split is not None:
-        held_out = load_image_text(args.dataset, args.eval_split, **options)
-        held_out = held_out.select(range(min(args.eval_size, len(held_out))))
-    elif args.eval_size < len(rows):
-        rows, held_out = rows.train_test_split(test_size=args.eval_size, seed=seed).values()
-    else:
-        raise ValueError(
-            f"expected more than eval_size = {args.eval_size} rows in split {args.train_split!r}, got {len(rows)}: "
-            "lower eval_size, or name an eval_split"
-        )
+    rows, held_out = load_splits(args)
     columns: dict[str, Any] = {
         "image_column": args.image_column,
         "caption_column": args.caption_column,
@@ -211,7 +177,7 @@ def draw_sheet(trainer: CachedContrastiveTrainer, eval_set: Any, path: Path, ima
 
 def main() -> None:
     """Build, train, evaluate, write."""
-    model_args, data_args, args = parse()
+    model_args, data_args, args = parse(ModelArguments, DataArguments, TrainArguments)
     if args.learning_rate is None:
         args.learning_rate = FROM_SCRATCH if model_args.model is None else FINE_TUNING
     use_all_cores()

@@ -70,15 +70,16 @@ def _resolve(images: list[str | None], *, column: str, folder: Path) -> dict[str
 
 
 class ImageTextDataset(torch.utils.data.Dataset[dict[str, Any] | None]):
-    """Pairs of an image and a caption, from the columns of a `datasets.Dataset`.
+    """Images with their captions, from the columns of a `datasets.Dataset`.
 
     An item is ``{"image": PIL image in RGB, "text": str}``, with an integer "label" if a label column is
-    named, or None for a row that is left out.
+    named, without "text" if no caption column is, or None for a row that is left out.
 
     Args:
         dataset: one split. ``datasets.Dataset.from_list`` makes one from rows in memory.
         image_column: images, encoded bytes, ``{"bytes", "path"}`` or paths.
-        caption_column: strings, or lists of strings of which each epoch draws one per row.
+        caption_column: strings, or lists of strings of which each epoch draws one per row;
+            None for images alone.
         label_column: integers.
         root: the folder from which relative paths count.
         on_bad_image: "error", or "skip" to leave out rows whose image cannot be read.
@@ -99,7 +100,7 @@ class ImageTextDataset(torch.utils.data.Dataset[dict[str, Any] | None]):
         dataset: datasets.Dataset,
         *,
         image_column: str = "image",
-        caption_column: str = "text",
+        caption_column: str | None = "text",
         label_column: str | None = None,
         root: str | Path | None = None,
         on_bad_image: Literal["error", "skip"] = "error",
@@ -107,9 +108,8 @@ class ImageTextDataset(torch.utils.data.Dataset[dict[str, Any] | None]):
     ) -> None:
         if on_bad_image not in ("error", "skip"):
             raise ValueError(f"expected on_bad_image 'error' or 'skip', got {on_bad_image!r}")
-        columns = {"image_column": image_column, "caption_column": caption_column}
-        if label_column is not None:
-            columns["label_column"] = label_column
+        asked = {"image_column": image_column, "caption_column": caption_column, "label_column": label_column}
+        columns = {argument: column for argument, column in asked.items() if column is not None}
         _require_columns(dataset, **columns)
         if label_column is not None:
             _require_integers(dataset, label_column)
@@ -117,7 +117,7 @@ class ImageTextDataset(torch.utils.data.Dataset[dict[str, Any] | None]):
             # datasets would decode while it reads the row, and fail without saying which row it was.
             dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
         self._rows = dataset.select_columns(list(columns.values()))
-        self._captions = dataset.select_columns([caption_column])
+        self._captions = dataset.select_columns([] if caption_column is None else [caption_column])
         self.image_column = image_column
         self.caption_column = caption_column
         self.label_column = label_column
@@ -133,7 +133,9 @@ class ImageTextDataset(torch.utils.data.Dataset[dict[str, Any] | None]):
 
     def __getitem__(self, index: int) -> dict[str, Any] | None:
         row = self._rows[index]
-        item: dict[str, Any] = {"text": self._draw_caption(row[self.caption_column], index)}
+        item: dict[str, Any] = {}
+        if self.caption_column is not None:
+            item["text"] = self._draw_caption(row[self.caption_column], index)
         if self.label_column is not None:
             item["label"] = int(row[self.label_column])
         try:
