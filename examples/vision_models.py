@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import timm
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, ViTConfig, ViTImageProcessor, ViTModel
 
 from gc_accel import VisionEncoder
@@ -37,7 +36,6 @@ class ModelArguments:
     )
     projection_dim: int | None = option(None, "Numbers that the loss sees of each view; by default 128.")
     freeze_backbone: bool = option(False, "Train the head alone.")
-    freeze_batch_norm: bool = option(False, "Keep BatchNorm as it is, which a model that has it needs.")
 
 
 class Pixels(NamedTuple):
@@ -103,7 +101,4 @@ def load_encoder(args: ModelArguments, pixels: Pixels, exits: Sequence[str]) -> 
         encoder = VisionEncoder(fresh_backbone(args.model, pixels.size), **options)
     else:
         encoder = VisionEncoder.from_pretrained(args.model, **options)
-    for module in encoder.modules():
-        if args.freeze_batch_norm and isinstance(module, _BatchNorm):
-            module.requires_grad_(False)  # which leaves it in eval mode, too
     return encoder

@@ -12,6 +12,7 @@ class CachedContrastiveArguments(TrainingArguments):
     Args:
         chunk_size: samples that the encoder sees at once.
         retain: chunks whose graph is kept from the first pass: a number, or "all".
+        batch_norm: what to do about BatchNorm in training mode, see `gc_accel/batch_norm.py`.
         sort_by_length: sort the texts of a batch by length before it is cut into chunks.
 
     Raises:
@@ -25,6 +26,14 @@ class CachedContrastiveArguments(TrainingArguments):
     retain: str = field(
         default="1",
         metadata={"help": "Chunks whose graph is kept from the first pass: a number, or 'all'."},
+    )
+    batch_norm: str = field(
+        default="error",
+        metadata={
+            "help": "What to do about BatchNorm in training mode: 'error', 'frozen' (running statistics) or 'ghost' "
+            "(each chunk its own).",
+            "choices": ["error", "frozen", "ghost"],
+        },
     )
     sort_by_length: bool = field(
         default=True,

@@ -7,7 +7,7 @@ One step (Gao et al. 2021, arXiv 2101.06983), for an encoder f and a loss L of a
 3. Second pass. Encode every chunk again from its RNG state, now with a graph, and push dL/dz_c in.
 
 By the chain rule the sum over chunks of dL/dz_c . df(x_c)/dtheta *is* the full-batch gradient. Two things in
-a model depend on the grouping: dropout draws masks by chunk, and BatchNorm in training mode is refused.
+a model depend on the grouping: dropout draws masks by chunk, and BatchNorm, refused unless asked for by name.
 
 An encoder may declare `streams`, parts of a sample that are encoded on their own (image, text), each with the
 input keys that feed it, the costliest first; keys that feed none go to the loss. `global_names` are outputs
@@ -29,11 +29,12 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
+from gc_accel.batch_norm import BatchNorms, Policy
 from gc_accel.chunking import Inputs, batch_size, call, concatenate, named, slice_inputs, split, split_streams
 from gc_accel.distributed import Replicas
+from gc_accel.numerics import check_finite
 from gc_accel.rng import RngState
 
 Named = dict[Any, Tensor]
@@ -74,6 +75,7 @@ class GradientCache:
         chunk_size: samples that the encoder sees at once, for all streams or by stream.
         accelerator: the one that prepared the encoder (precision, scaler, accumulation, reduction).
         retain: how many chunks of the costliest stream keep the graph of their first pass, or "all".
+        batch_norm: what to do about BatchNorm in training mode: "error", "frozen" or "ghost".
     """
 
     def __init__(
@@ -83,10 +85,12 @@ class GradientCache:
         chunk_size: int | Mapping[str, int] = 16,
         accelerator: Accelerator | None = None,
         retain: int | Literal["all"] = 1,
+        batch_norm: Policy = "error",
     ) -> None:
         self.encoder, self.loss_fn = encoder, loss_fn
         self.replicas = Replicas(encoder, accelerator)
         self.model = self.replicas.model
+        self.batch_norms = BatchNorms(self.model, batch_norm)
         self.streams: Mapping[Any, Iterable[str]] = getattr(self.model, "streams", {None: ()})
         self.global_names: frozenset[Any] = frozenset(getattr(self.model, "global_names", ()))
         sizes = chunk_size if isinstance(chunk_size, Mapping) else dict.fromkeys(self.streams, chunk_size)
@@ -94,8 +98,7 @@ class GradientCache:
             raise ValueError(f"expected chunks of at least 1 sample of {[*self.streams]}, got {chunk_size}")
         if retain != "all" and (isinstance(retain, str) or retain < 0):
             raise ValueError(f'expected retain to be "all" or a number of chunks from 0, got {retain!r}')
-        self.chunk_sizes: Mapping[Any, int] = sizes
-        self.retain = float("inf") if retain == "all" else retain
+        self.chunk_sizes, self.retain = dict(sizes), float("inf") if retain == "all" else retain
 
     def forward_backward(self, batch: Inputs, **loss_kwargs: Any) -> Tensor:
         """Like `forward_backward_chunks`, for a batch that is already whole."""
@@ -106,12 +109,9 @@ class GradientCache:
 
         Chunks are read lazily; tensors in `loss_kwargs` are per-sample. Returns the loss of the global batch,
         0-d, detached. Raises ValueError, before any gradient has changed, for inputs that do not pair up,
-        BatchNorm in training mode, and a loss that ignores a representation.
+        BatchNorm in training mode, NaN, and a loss that ignores a representation.
         """
-        modules = self.model.named_modules() if isinstance(self.model, nn.Module) else ()
-        norms = [(name, each) for name, each in modules if isinstance(each, _BatchNorm)]
-        if names := [name for name, each in norms if each.training or each.running_mean is None]:
-            raise ValueError(f"expected no BatchNorm in training mode, got {names}: freeze it (eval mode)")
+        self.batch_norms.begin_step()
         frozen = getattr(self.model, "frozen_streams", ())
         trained = [name for name in self.streams if name not in frozen] or list(self.streams)
         joint, extras = dict[Any, Inputs](), defaultdict[str, list[Any]](list)
@@ -129,8 +129,7 @@ class GradientCache:
             last = self._encode(joint, everything)
         if twice := loss_kwargs.keys() & extras:
             raise ValueError(f"expected {sorted(twice)} in the chunks or by keyword, got both")
-        joined = {key: concatenate(parts) for key, parts in extras.items()}
-        loss_kwargs |= send_to_device(joined, self.replicas.device)
+        loss_kwargs |= send_to_device({k: concatenate(v) for k, v in extras.items()}, self.replicas.device)
         loss = self._cache_gradients(last, again + retained, loss_kwargs)
         for each in () if everything else retained + again:
             self._push([each], sync=False)
@@ -179,6 +178,7 @@ class GradientCache:
             loss = self.replicas.global_loss(self.loss_fn, reps, shared, loss_kwargs)
             if loss.numel() != 1 or not loss.requires_grad:
                 raise ValueError(f"expected a scalar loss of the representations, got {loss}")
+            check_finite(loss, reps)
             self.replicas.scaled(loss).sum().backward()
         ignored = [name for name, (leaf, *_) in parts.items() if leaf.requires_grad and leaf.grad is None]
         if ignored:
@@ -188,7 +188,7 @@ class GradientCache:
     def _push(self, calls: list[Encoded], *, sync: bool) -> None:
         """Second pass over some calls: their cached gradients, through one graph, into the weights."""
         outputs, grads = [], []
-        with self.replicas.reducing(sync):
+        with self.replicas.reducing(sync), self.batch_norms.second_pass():
             for leaves, replay in calls:
                 cached = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
                 for name, output in replay().items() if cached else ():

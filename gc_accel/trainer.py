@@ -119,7 +119,8 @@ class CachedContrastiveTrainer(Trainer):
         self.last_log = self.last_log or (time.monotonic(), self.state.global_step)
         retain: Any = self.args.retain if self.args.retain == "all" else int(self.args.retain)
         self.accelerator.gradient_accumulation_steps = self.current_gradient_accumulation_steps
-        cache = GradientCache(model, self.loss, self.args.chunk_size, self.accelerator, retain)
+        policy: Any = self.args.batch_norm
+        cache = GradientCache(model, self.loss, self.args.chunk_size, self.accelerator, retain, policy)
         return cache.forward_backward_chunks(inputs) / self.current_gradient_accumulation_steps
 
     def get_train_dataloader(self) -> DataLoader:

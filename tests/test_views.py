@@ -32,7 +32,7 @@ class TestFoldViews:
 
     def test_pairs_views_that_lie_next_to_each_other(self):
         views = numbered(10, 11, 20, 21, 30, 31)
-        assert numbers(fold_views(views, layout="sample_major")) == [[10, 11], [20, 21], [30, 31]]
+        assert numbers(fold_views(views, views_layout="sample_major")) == [[10, 11], [20, 21], [30, 31]]
 
     def test_undoes_the_scripts_own_concatenation(self):
         """SupContrast concatenates what its loader stacks by view: torch.cat([images[0], images[1]])."""
@@ -56,7 +56,7 @@ class TestFoldViews:
             (5, {}, "multiple of 2 images, as many as views, got 5"),
             (4, {"views": 3}, "multiple of 3"),
             (4, {"views": 0}, "multiple of 0"),
-            (4, {"layout": "interleaved"}, "'view_major' or 'sample_major', got 'interleaved'"),
+            (4, {"views_layout": "interleaved"}, "'view_major' or 'sample_major', got 'interleaved'"),
         ],
     )
     def test_bad_input(self, count, options, message):

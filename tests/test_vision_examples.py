@@ -160,7 +160,15 @@ def test_resume_gives_the_same_weights(tmp_path):
 
 @pytest.mark.slow
 def test_a_model_of_timm_trains_from_scratch_with_frozen_batch_norm(tmp_path):
-    options = ["--model", "timm/test_resnet", "--from_scratch", "--freeze_batch_norm", "--image_size", "32"]
+    options = [
+        "--model",
+        "timm/test_resnet",
+        "--from_scratch",
+        "--batch_norm",
+        "frozen",
+        "--image_size",
+        "32",
+    ]
     options += ["--per_device_train_batch_size", "16", "--chunk_size", "8", "--probe_size", "50", *SHORT]
     launch("vision_train.py", "--output_dir", tmp_path, *options)
     saved = load_file(tmp_path / "model.safetensors")

@@ -23,7 +23,7 @@ def fold_views(
     pixel_values: Tensor,
     views: int = 2,
     *,
-    layout: Literal["view_major", "sample_major"] = "view_major",
+    views_layout: Literal["view_major", "sample_major"] = "view_major",
 ) -> Tensor:
     """Views that lie in one long batch, `(V * B, 3, H, W)`, to `(B, V, 3, H, W)`.
 
@@ -34,10 +34,10 @@ def fold_views(
         pixel_values: `[view1; view2]`, as SimCLR's and SupCon's scripts concatenate whole views
             ("view_major"), or view 1 and 2 of the first sample, then those of the second ("sample_major").
         views: V.
-        layout: which of the two.
+        views_layout: which of the two.
 
     Raises:
-        ValueError: the length is no multiple of `views`, or the layout another.
+        ValueError: the length is no multiple of `views`, or the layout is another.
 
     Example:
         >>> batch = {"pixel_values": fold_views(torch.cat([view1, view2])), "labels": labels}
@@ -47,11 +47,11 @@ def fold_views(
             f"expected a multiple of {views} images, as many as views, got {len(pixel_values)}: concatenate "
             "whole views, and fold the batch before it is cut"
         )
-    if layout == "view_major":
+    if views_layout == "view_major":
         return pixel_values.unflatten(0, (views, -1)).transpose(0, 1)
-    if layout == "sample_major":
+    if views_layout == "sample_major":
         return pixel_values.unflatten(0, (-1, views))
-    raise ValueError(f"expected layout 'view_major' or 'sample_major', got {layout!r}")
+    raise ValueError(f"expected views_layout 'view_major' or 'sample_major', got {views_layout!r}")
 
 
 class MultiViewDataset(Dataset[dict[str, Any] | None]):

@@ -12,6 +12,7 @@ from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME
 from open_clip.push_to_hf_hub import save_config_for_hf
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from gc_accel.encoders.checkpointing import Checkpointing
 from gc_accel.encoders.pixels import PixelNorm
@@ -27,10 +28,11 @@ Stream = Literal["image", "text"]
 class DualEncoder(Checkpointing, nn.Module):
     """An image and a text tower in one module, each encoded by itself.
 
-    Takes `CLIPModel`, `SiglipModel`, `VisionTextDualEncoderModel` and their like from transformers, and the
-    models of open_clip. The towers keep the model's own forward code; what this
-    class owns is the way in and out. The logit scale becomes a parameter of shape `(1,)` inside (sharding
-    backends take no 0-d parameters) and gets its own shape back in every checkpoint.
+    Takes `CLIPModel`, `SiglipModel`, `VisionTextDualEncoderModel` and their like from transformers, also with
+    adapters (`peft.get_peft_model`, whose checkpoints hold the adapter alone), and the models of open_clip. The
+    towers keep the model's own forward code; what this class owns is the way in and out. The logit scale
+    becomes a parameter of shape `(1,)` inside (sharding backends take no 0-d parameters) and gets its own
+    shape back in every checkpoint.
 
     Args:
         model: the pretrained or fresh model, changed in place.
@@ -66,9 +68,11 @@ class DualEncoder(Checkpointing, nn.Module):
         self.model_config = model_config
         self.is_open_clip = isinstance(model, OPEN_CLIP_MODELS)
         self.global_names = [name for name in GLOBALS if getattr(model, name, None) is not None]
-        self.shapes = {name: getattr(model, name).shape for name in self.global_names}
-        for name in self.global_names:
-            parameter = getattr(model, name)
+        self.shapes = {
+            n: p.shape for n, p in model.named_parameters() if n.split(".")[-1] in self.global_names
+        }
+        for name in self.shapes:
+            parameter = model.get_parameter(name)
             parameter.data = parameter.data.reshape(1)
         if not set(freeze) <= set(self.streams):
             raise ValueError(f"expected towers to freeze among {list(self.streams)}, got {list(freeze)}")
@@ -151,8 +155,11 @@ class DualEncoder(Checkpointing, nn.Module):
         """Read weights that `save_pretrained` wrote into this encoder, in place."""
         if self.is_open_clip:
             weights = load_file(Path(directory) / HF_SAFE_WEIGHTS_NAME)
-        else:
+        elif isinstance(self.model, PreTrainedModel):
             weights = type(self.model).from_pretrained(directory).state_dict()
+        else:  # a PeftModel, whose base is at hand
+            self.model.load_adapter(str(directory), self.model.active_adapter, is_trainable=True)
+            return
         weights |= {name: weights[name].reshape(1) for name in self.shapes}
         self.model.load_state_dict(weights)
 
