@@ -14,6 +14,7 @@ class CachedContrastiveArguments(TrainingArguments):
         retain: chunks whose graph is kept from the first pass: a number, or "all".
         batch_norm: what to do about BatchNorm in training mode, see `gc_accel/batch_norm.py`.
         sort_by_length: sort the texts of a batch by length before it is cut into chunks.
+        chunk_tokens: text tokens, padding included, that a chunk has at most, beside `chunk_size`.
 
     Raises:
         ValueError: for values that would change the objective or cannot work with a cache.
@@ -38,6 +39,12 @@ class CachedContrastiveArguments(TrainingArguments):
     sort_by_length: bool = field(
         default=True,
         metadata={"help": "Sort the texts of a batch by length, to trim chunks. Never the result."},
+    )
+    chunk_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Text tokens, padding included, that a chunk has at most; beside chunk_size. Never the result."
+        },
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps (or a fraction of all) between logs."})
     remove_unused_columns: bool = field(
@@ -66,6 +73,10 @@ class CachedContrastiveArguments(TrainingArguments):
             raise ValueError(
                 "expected chunk_size and per_device_train_batch_size of at least 1, got "
                 f"{self.chunk_size} and {self.per_device_train_batch_size}"
+            )
+        if self.chunk_tokens is not None and (self.chunk_tokens < 1 or not self.sort_by_length):
+            raise ValueError(
+                f"expected chunk_tokens of at least 1, along with sort_by_length, got {self.chunk_tokens}"
             )
         if self.retain != "all" and not self.retain.isdecimal():
             raise ValueError(f"expected retain to be a number of chunks or 'all', got {self.retain!r}")

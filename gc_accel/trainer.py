@@ -9,20 +9,23 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel, send_to_device
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import ProcessorMixin, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import ProcessorMixin, Trainer, TrainerControl
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from gc_accel.arguments import CachedContrastiveArguments
+from gc_accel.callbacks import StepCallback
 from gc_accel.chunking import batch_size, call, split_streams
 from gc_accel.data import BatchPlan, ChunkedLoader, ImageTextCollator
+from gc_accel.data.padding import padding_is_inert
 from gc_accel.distributed import GlobalLoss, RankedBatch
 from gc_accel.encoders import DualEncoder
 from gc_accel.evaluation import retrieval_metrics
@@ -31,7 +34,6 @@ from gc_accel.losses import LOSSES
 from gc_accel.memory import peak_memory_mib
 
 Representations = dict[str, Tensor]
-PADDING_TOLERANCE = 1e-4  # distance of unit vectors that rounding explains
 logger = logging.get_logger(__name__)
 
 
@@ -80,7 +82,7 @@ class CachedContrastiveTrainer(Trainer):
         if (
             "text" in model.streams
             and isinstance(data_collator, ImageTextCollator)
-            and not _padding_is_inert(model, data_collator)
+            and not padding_is_inert(model, data_collator)
         ):
             data_collator.padding = "max_length"
         if args.n_gpu > 1:
@@ -106,7 +108,7 @@ class CachedContrastiveTrainer(Trainer):
         self.shared: Representations = {}  # the globals of the latest call, for the logs
         model.register_forward_hook(self._note_globals)
         self.last_log: tuple[float, int] | None = None  # time and step, from the first step of a run on
-        self.add_callback(_StepCallback())
+        self.add_callback(StepCallback())
 
     @property
     def encoder(self) -> Any:
@@ -128,7 +130,7 @@ class CachedContrastiveTrainer(Trainer):
         if self.train_dataset is None:
             raise ValueError("expected a train_dataset, got None: pass one to train")
         self.last_log = None
-        sort_key = getattr(self.train_dataset, "text_length", None) if self.args.sort_by_length else None
+        texts = getattr(self.train_dataset, "texts", None) if self.args.sort_by_length else None
         plan = BatchPlan(
             len(self.train_dataset),
             self.args.per_device_train_batch_size,
@@ -136,7 +138,8 @@ class CachedContrastiveTrainer(Trainer):
             rank=self.args.process_index,
             world_size=self.args.world_size,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-            sort_key=sort_key,
+            lengths=None if texts is None else partial(self._text_lengths, texts),
+            chunk_tokens=self.args.chunk_tokens,
         )
         workers = self.args.dataloader_num_workers
         return ChunkedLoader(
@@ -148,6 +151,12 @@ class CachedContrastiveTrainer(Trainer):
             prefetch_factor=self.args.dataloader_prefetch_factor,
             persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
         )
+
+    def _text_lengths(self, texts: Callable[[list[int]], list[str]], indices: list[int]) -> list[int]:
+        """Of some samples: in tokens if these are bounded, else in characters, which are counted faster."""
+        if self.args.chunk_tokens is None:
+            return [len(text) for text in texts(indices)]
+        return self.data_collator.token_lengths(texts(indices))
 
     def num_examples(self, dataloader: DataLoader) -> int:
         """Samples behind a loader, not handles to batches."""
@@ -273,66 +282,6 @@ class CachedContrastiveTrainer(Trainer):
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
 
 
-class _StepCallback(TrainerCallback):
-    """What has to happen around epochs and steps, whatever wraps the loader and the optimizer."""
-
-    def on_epoch_begin(
-        self,
-        args: CachedContrastiveArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        train_dataloader: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        # On resume the Trainer wraps the loader to skip batches, and the wrapper has no set_epoch.
-        train_dataloader.set_epoch(int(state.epoch or 0))
-
-    def on_optimizer_step(
-        self,
-        args: CachedContrastiveArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        encoder = extract_model_from_parallel(model, keep_torch_compile=False)
-        if isinstance(encoder, DualEncoder):
-            encoder.clamp_logit_scale()
-
-    def on_train_end(
-        self,
-        args: CachedContrastiveArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        train_dataloader: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        skipped = getattr(train_dataloader.samples, "skipped", 0)
-        if skipped:
-            logger.warning(
-                "%d unreadable image(s) were left out of training, each time one was drawn", skipped
-            )
-
-
 def retrieval_of_pairs(reps: Representations) -> dict[str, float]:
     """Retrieval of texts by images and of images by texts, over the whole evaluation set."""
     return retrieval_metrics(reps["image"], reps["text"], labels=reps.get("labels"))
-
-
-@torch.no_grad()
-def _padding_is_inert(encoder: nn.Module, collator: ImageTextCollator) -> bool:
-    """Whether the embedding of a caption stays the same however far it is padded.
-
-    Not so in a tower that pools its last position, as SigLIP's does. There each chunk's own width would
-    change the result, so that captions have to be padded to the maximum.
-    """
-    if collator.padding == "max_length" or collator.max_length is None:
-        return True
-    device = next(encoder.parameters()).device
-    short, long = "a", "a " * collator.max_length
-    was_training = encoder.training
-    encoder.eval()
-    alone = encoder(text=send_to_device(collator.tokenize([short]), device))["text"]
-    padded = encoder(text=send_to_device(collator.tokenize([short, long]), device))["text"][:1]
-    encoder.train(was_training)
-    return bool((alone - padded).norm() < PADDING_TOLERANCE)

@@ -93,9 +93,28 @@ def test_batches_fetched_ahead_are_read_in_order():
 
 
 def test_sorting_changes_the_chunks_but_not_the_batch():
-    plain, by_value = contents(loader()), contents(loader(sort_key=lambda index: index))
+    plain, by_value = contents(loader()), contents(loader(lengths=list))
     for a, b in zip(plain, by_value, strict=True):
         assert samples(b) == sorted(samples(a))
+
+
+def test_chunks_keep_within_their_tokens():
+    lengths = [7, 1, 3, 3, 9, 2, 2, 1, 30, 4, 4, 4]
+    plan = BatchPlan(12, 6, 4, lengths=lambda rows: [lengths[i] for i in rows], chunk_tokens=8)
+    batches = ChunkedLoader(Rows(12), plan, list)
+    for epoch in range(3):
+        batches.set_epoch(epoch)
+        seen = []
+        for batch in batches:
+            chunks = list(batch)
+            seen += samples(chunks)
+            padded = [len(chunk) * max(lengths[i] for i in chunk) for chunk in chunks]
+            assert all(tokens <= 8 or len(c) == 1 for tokens, c in zip(padded, chunks, strict=True))
+            assert max(len(chunk) for chunk in chunks) <= 4
+            assert len(samples(chunks)) == 6
+        assert sorted(seen) == list(range(12))
+    with pytest.raises(ValueError, match="texts whose lengths are known"):
+        BatchPlan(12, 6, 4, chunk_tokens=8)
 
 
 def test_iterating_draws_nothing_from_the_generator_of_dropout():

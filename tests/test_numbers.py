@@ -97,7 +97,7 @@ def test_an_item_has_a_grey_image_its_caption_and_the_number():
     assert torch.equal(item["image"][0], item["image"][2])
     assert item["image"].max() > 200
     assert item["text"] == f"a photo of the number {number_in_words(item['label'])}"
-    assert dataset.text_length(2) == len(item["text"])
+    assert dataset.texts([0, 2])[1] == item["text"]
 
 
 def test_three_digits_are_centred_and_stand_at_different_heights():

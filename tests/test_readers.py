@@ -253,7 +253,7 @@ def test_a_caption_that_is_no_string_is_reported_by_its_row(caption):
     with pytest.raises(ValueError, match=r"row 0 .*'text'"):
         dataset[0]
     with pytest.raises(ValueError, match=r"row 0 .*'text'"):
-        dataset.text_length(0)
+        dataset.texts([0])
 
 
 # --- captions per epoch, workers ---
@@ -286,14 +286,14 @@ def test_the_seed_decides_the_draw():
     assert draws(captioned(image=png())) != draws(captioned(image=png(), seed=1))
 
 
-def test_the_length_of_a_caption_is_known_without_its_image():
+def test_captions_are_known_without_their_images():
     readable, unreadable = captioned(image=png()), captioned()
     for epoch in (0, 3):
         readable.set_epoch(epoch)
         unreadable.set_epoch(epoch)
-        lengths = [unreadable.text_length(i) for i in range(40)]
-        assert lengths == [len(text) for text in draws(readable)]
-        assert len(set(lengths)) > 3
+        texts = unreadable.texts(list(range(40)))
+        assert texts == draws(readable)
+        assert len({len(text) for text in texts}) > 3
     assert unreadable.skipped == 0
 
 

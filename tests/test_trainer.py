@@ -126,7 +126,7 @@ def test_resume_in_the_middle_of_an_epoch_gives_the_same_weights(tmp_path, worke
 
 @pytest.mark.parametrize(
     "options",
-    [{"chunk_size": 8}, {"chunk_size": 1}, {"retain": "0"}, {"retain": "all"}, {"sort_by_length": False}],
+    [{"chunk_size": 8}, {"chunk_size": 1}, {"retain": "0"}, {"retain": "all"}, {"sort_by_length": False}, {"chunk_tokens": 40}],
 )
 def test_configuration_never_changes_the_training(tmp_path, options):
     reference = make_trainer(tmp_path / "a", optim="sgd", max_grad_norm=0.0, num_train_epochs=1)

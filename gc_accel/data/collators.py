@@ -107,6 +107,13 @@ class ImageTextCollator:
         # token_type_ids of one segment are all zero, which is the models' default.
         return {key: tokens[key] for key in ("input_ids", "attention_mask") if key in tokens}
 
+    def token_lengths(self, texts: list[str]) -> list[int]:
+        """Tokens of each caption, as many as its chunk is padded to if it is the longest."""
+        if self.padding == "max_length":
+            return [self.tokenize([""])["input_ids"].shape[1]] * len(texts)
+        tokens = self.tokenizer(texts, truncation=self.max_length is not None, max_length=self.max_length)
+        return [len(ids) for ids in tokens["input_ids"]]
+
 
 class OpenClipCollator:
     """Collate samples for a model of open_clip: its own resizing and cropping, and its own tokenizer.
@@ -149,6 +156,10 @@ class OpenClipCollator:
     def tokenize(self, texts: list[str]) -> Chunk:
         """Captions alone: ``input_ids`` ``(C, L)``."""
         return {"input_ids": self.tokenizer(texts)}
+
+    def token_lengths(self, texts: list[str]) -> list[int]:
+        """The context length for each caption: models of open_clip take no shorter ones."""
+        return [self.tokenizer([""]).shape[1]] * len(texts)
 
     def _image(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
         image = self.transform(image)

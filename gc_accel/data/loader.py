@@ -35,11 +35,13 @@ class BatchPlan:
         world_size: number of processes.
         seed: of the permutations.
         shuffle: whether to permute at all.
-        sort_key: a number for each index; a rank's samples are sorted by it before they are cut into chunks,
-            which changes no loss (it does not see the order) and trims padding where it is the text length.
+        lengths: from indices to the lengths of their texts; a rank's samples are sorted by length before they
+            are cut into chunks, which changes no loss (it does not see the order) and trims padding.
+        chunk_tokens: what a chunk's samples, padded to its longest, have at most of this length in all, but
+            for a sample that is longer by itself. A bound beside `chunk_size`, for texts of any length.
 
     Raises:
-        ValueError: if the data set does not fill one global batch.
+        ValueError: if the data set does not fill one global batch, or tokens are bounded and lengths unknown.
     """
 
     def __init__(
@@ -52,7 +54,8 @@ class BatchPlan:
         world_size: int = 1,
         seed: int = 0,
         shuffle: bool = True,
-        sort_key: Callable[[int], float] | None = None,
+        lengths: Callable[[list[int]], Sequence[int]] | None = None,
+        chunk_tokens: int | None = None,
     ) -> None:
         if size < batch_size * world_size:
             raise ValueError(
@@ -61,11 +64,17 @@ class BatchPlan:
             )
         if chunk_size < 1:
             raise ValueError(f"expected a chunk size of at least 1, got {chunk_size}")
+        if chunk_tokens is not None and (chunk_tokens < 1 or lengths is None):
+            raise ValueError(
+                f"expected chunk_tokens of at least 1, and texts whose lengths are known, got {chunk_tokens}"
+            )
         self.size, self.batch_size, self.chunk_size = size, batch_size, chunk_size
         self.rank, self.world_size = rank, world_size
-        self.seed, self.shuffle, self.sort_key = seed, shuffle, sort_key
+        self.seed, self.shuffle = seed, shuffle
+        self.lengths, self.chunk_tokens = lengths, chunk_tokens
         self.epoch = 0
         self.first = 0  # batch at which the next iteration over chunks begins
+        self.counts: dict[int, int] = {}  # chunks of the batches that were cut
 
     def __len__(self) -> int:
         """Batches per epoch, the same on every rank."""
@@ -77,10 +86,22 @@ class BatchPlan:
         order = torch.randperm(self.size, generator=generator) if self.shuffle else torch.arange(self.size)
         for batch in range(self.first, len(self)):
             start = (batch * self.world_size + self.rank) * self.batch_size
-            own = order[start : start + self.batch_size].tolist()
-            if self.sort_key is not None:
-                own.sort(key=self.sort_key)
-            yield from (own[i : i + self.chunk_size] for i in range(0, len(own), self.chunk_size))
+            cut = self._cut(order[start : start + self.batch_size].tolist())
+            self.counts[batch] = len(cut)
+            yield from cut
+
+    def _cut(self, own: list[int]) -> list[list[int]]:
+        """One rank's samples of one batch as chunks, by length where it is known."""
+        if self.lengths is None:
+            return [own[i : i + self.chunk_size] for i in range(0, len(own), self.chunk_size)]
+        chunks: list[list[int]] = [[]]
+        for length, index in sorted(zip(self.lengths(own), own, strict=True)):
+            count = len(chunks[-1])  # of samples no longer than this one
+            too_long = self.chunk_tokens is not None and (count + 1) * length > self.chunk_tokens
+            if count == self.chunk_size or (count and too_long):
+                chunks.append([])
+            chunks[-1].append(index)
+        return chunks
 
 
 class _ChunkSampler:
@@ -123,9 +144,9 @@ class _Batches(IterableDataset):
             self.plan.first = index
             self.chunks = iter(self.chunk_loader)
         self.next_batch = None
-        empty = True
-        for _ in range(0, self.plan.batch_size, self.plan.chunk_size):
-            chunk = next(self.chunks)
+        empty, read = True, 0
+        while read == 0 or read < self.plan.counts[index]:  # a batch is cut when its first chunk is fetched
+            chunk, read = next(self.chunks), read + 1
             if chunk is not None:  # None: every sample of it was left out
                 empty = False
                 yield chunk
@@ -165,9 +186,7 @@ class ChunkedLoader(DataLoader):
         persistent_workers: bool = False,
     ) -> None:
         self.samples, self.plan = dataset, plan
-        self.draws = (
-            torch.Generator()
-        )  # worker seeds come from here, not from the generator that dropout uses
+        self.draws = torch.Generator()  # of the workers' seeds, apart from the one that dropout uses
         chunk_loader = DataLoader(
             dataset,
             batch_sampler=_ChunkSampler(plan),

@@ -107,9 +107,9 @@ class HandwrittenNumbers(torch.utils.data.Dataset[dict[str, Any]]):
             "label": number,
         }
 
-    def text_length(self, index: int) -> int:
-        """Number of characters of the caption, for sorting by length."""
-        return len(TEMPLATE.format(number_in_words(int(self.numbers[index]))))
+    def texts(self, indices: list[int]) -> list[str]:
+        """Captions alone."""
+        return [TEMPLATE.format(number_in_words(int(number))) for number in self.numbers[indices]]
 
 
 def _draw_numbers(split: str, size: int, digits: int, rng: np.random.Generator) -> np.ndarray:

@@ -160,9 +160,10 @@ class ImageTextDataset(torch.utils.data.Dataset[dict[str, Any] | None]):
         """How many times a row was left out because its image could not be read, over all workers."""
         return int(self._skipped.sum())
 
-    def text_length(self, index: int) -> int:
-        """Number of characters of the caption that this epoch draws; the image is not read."""
-        return len(self._draw_caption(self._captions[index][self.caption_column], index))
+    def texts(self, indices: list[int]) -> list[str]:
+        """The captions that this epoch draws; no image is read."""
+        captions = self._captions[indices][self.caption_column]
+        return [self._draw_caption(each, index) for each, index in zip(captions, indices, strict=True)]
 
     def _draw_caption(self, caption: Any, index: int) -> str:
         if isinstance(caption, list) and caption:

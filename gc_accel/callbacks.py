@@ -1,0 +1,53 @@
+"""What a trainer's callback does around epochs and steps, whatever wraps the loader and the optimizer."""
+
+from typing import Any
+
+from accelerate.utils import extract_model_from_parallel
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.utils import logging
+
+from gc_accel.arguments import CachedContrastiveArguments
+from gc_accel.encoders import DualEncoder
+
+logger = logging.get_logger(__name__)
+
+
+class StepCallback(TrainerCallback):
+    """Tell the loader its epoch, clamp the logit scale, say how many samples were left out."""
+
+    def on_epoch_begin(
+        self,
+        args: CachedContrastiveArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        # On resume the Trainer wraps the loader to skip batches, and the wrapper has no set_epoch.
+        train_dataloader.set_epoch(int(state.epoch or 0))
+
+    def on_optimizer_step(
+        self,
+        args: CachedContrastiveArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        encoder = extract_model_from_parallel(model, keep_torch_compile=False)
+        if isinstance(encoder, DualEncoder):
+            encoder.clamp_logit_scale()
+
+    def on_train_end(
+        self,
+        args: CachedContrastiveArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        skipped = getattr(train_dataloader.samples, "skipped", 0)
+        if skipped:
+            logger.warning(
+                "%d unreadable image(s) were left out of training, each time one was drawn", skipped
+            )
