@@ -33,13 +33,12 @@ from torch import Tensor
 
 from gc_accel.batch_norm import BatchNorms, Policy
 from gc_accel.chunking import Inputs, batch_size, call, concatenate, named, slice_inputs, split, split_streams
-from gc_accel.distributed import Replicas
+from gc_accel.distributed import Piece, Replicas, Turn, without_rows
 from gc_accel.numerics import check_finite
 from gc_accel.rng import RngState
 
 Named = dict[Any, Tensor]
 Encoded = tuple[Named, Callable[[], Named]]  # leaves, which hold the cached gradients after the loss; replay
-Piece = tuple[Any, Inputs]  # a stream (None where the encoder declares none) and its inputs
 
 
 def encode(fn: Callable[..., Any], chunk: Inputs, *, device: torch.device, retain: bool = False) -> Encoded:
@@ -116,10 +115,11 @@ class GradientCache:
         trained = [name for name in self.streams if name not in frozen] or list(self.streams)
         joint, extras = dict[Any, Inputs](), defaultdict[str, list[Any]](list)
         retained, again = list[Encoded](), list[Encoded]()
-        pieces = self._pieces(chunks, trained, joint, extras)
-        for (stream, inputs), keep in self._look_ahead(pieces, trained[0]):
+        turns = self.replicas.aligned(self._pieces(chunks, trained, joint, extras), joint, self.streams)
+        for (stream, inputs, counts), keep in self._look_ahead(turns, trained[0]):
             with self.replicas.reducing(False):
-                leaves, replay = self._encode({stream: inputs}, keep)
+                encoded = self._encode({stream: inputs}, keep)
+            leaves, replay = encoded if counts else without_rows(*encoded)
             leaves = {name: leaf.requires_grad_(stream in trained) for name, leaf in leaves.items()}
             (retained if keep else again).append((leaves, replay))
         if not joint:
@@ -131,9 +131,10 @@ class GradientCache:
             raise ValueError(f"expected {sorted(twice)} in the chunks or by keyword, got both")
         loss_kwargs |= send_to_device({k: concatenate(v) for k, v in extras.items()}, self.replicas.device)
         loss = self._cache_gradients(last, again + retained, loss_kwargs)
-        for each in () if everything else retained + again:
-            self._push([each], sync=False)
-        self._push([*retained, last] if everything else [last], sync=True)  # one by one, ranks stay unsynced
+        with self.replicas.second_pass():
+            for each in () if everything else retained + again:
+                self._push([each], sync=False)
+            self._push([*retained, last] if everything else [last], sync=True)  # one by one: ranks unsynced
         return loss
 
     def _pieces(self, chunks: Iterable[Inputs], trained: list, joint: dict, extras: dict) -> Iterator[Piece]:
@@ -152,16 +153,16 @@ class GradientCache:
             for key, value in unfed.items():
                 extras[key].append(value)
 
-    def _look_ahead(self, pieces: Iterable[Piece], costliest: Any) -> Iterator[tuple[Piece, bool]]:
-        """Say of each piece whether to retain its graph: of the last `retain` of the costliest stream."""
-        held = deque[Piece]()
-        for piece in pieces:
-            held.append(piece)
-            while sum(name == costliest for name, _ in held) > self.retain:
+    def _look_ahead(self, turns: Iterable[Turn], costliest: Any) -> Iterator[tuple[Turn, bool]]:
+        """Say of each turn whether to retain its graph: of the last `retain` of the costliest stream."""
+        held = deque[Turn]()
+        for turn in turns:
+            held.append(turn)
+            while sum(name == costliest for name, *_ in held) > self.retain:
                 yield held.popleft(), False
             if self.retain == float("inf"):
                 yield held.popleft(), True
-        yield from ((piece, piece[0] == costliest) for piece in held)
+        yield from ((turn, turn[0] == costliest) for turn in held)
 
     def _encode(self, parts: dict[Any, Inputs], retain: bool) -> Encoded:
         return encode(self.encoder, parts.get(None, parts), device=self.replicas.device, retain=retain)
@@ -195,5 +196,4 @@ class GradientCache:
                     if name in cached and output.requires_grad:
                         outputs.append(output)
                         grads.append(cached[name])
-            if outputs:
-                self.replicas.backward(outputs, grads, sync=sync)
+            self.replicas.backward(outputs, grads, sync=sync)

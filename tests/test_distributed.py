@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from gc_accel import GradientCache
 from gc_accel.distributed import RankedBatch
+from gc_accel.distributed.alignment import align
 from gc_accel.losses import CLIPLoss, SigLIPLoss, dense
 from tests.comparing import assert_equal, gradients
 from tests.models import dual_encoder, image_text_batch
@@ -80,11 +82,14 @@ def assert_ranks_equal_one_process(results):
 def all_steps(rank):
     """Everything that two ranks are needed for, in one process group."""
     static_graph_is_refused()
+    a_sharded_encoder_without_its_accelerator_is_refused()
     return {
         "even": ddp_step(rank, ragged=False),
         "ragged": ddp_step(rank, ragged=True),
         "wrong scale": wrong_scale_step(rank),
         "gather": gather_step(rank),
+        "turns": turns_of(rank, PIECES[rank]),
+        "no sample": turns_of(rank, PIECES[rank] if rank else []),
     }
 
 
@@ -147,3 +152,57 @@ def static_graph_is_refused():
     encoder = DistributedDataParallel(dual_encoder("clip"), static_graph=True)
     with pytest.raises(ValueError, match="without static_graph"):
         GradientCache(encoder, CLIPLoss())
+
+
+def a_sharded_encoder_without_its_accelerator_is_refused():
+    encoder = fully_shard(dual_encoder("clip"))
+    with pytest.raises(ValueError, match="expected the accelerator"):
+        GradientCache(encoder, CLIPLoss())
+
+
+PIECES = [
+    [("image", 1), ("image", 2), ("text", 3), ("image", 4), ("text", 5)],
+    [("text", 6)],
+]
+
+
+def turns_of(rank, pieces):
+    """The turns that one rank takes, what it had read before each, and what ended them."""
+    read = []
+
+    def reading():
+        joint.update({"image": 0, "text": 0} if pieces else {})
+        for piece in pieces:
+            read.append(piece)
+            yield piece
+
+    joint, turns = {}, []
+    try:
+        for turn in align(reading(), joint, ["image", "text"], torch.device("cpu")):
+            turns.append((*turn, len(read)))
+    except ValueError as error:
+        return str(error)
+    return turns
+
+
+def test_a_rank_with_fewer_pieces_repeats_its_latest_one_of_the_stream_that_comes_next(two_ranks):
+    first, second = (result["turns"] for result in two_ranks)
+    assert first == [
+        ("image", 1, True, 1),
+        ("image", 2, True, 2),
+        ("text", 3, True, 3),
+        ("image", 4, True, 4),
+        ("text", 5, True, 5),
+    ]
+    assert [turn[:3] for turn in second] == [
+        ("image", 0, False),
+        ("image", 0, False),
+        ("text", 6, True),
+        ("image", 0, False),
+        ("text", 6, False),
+    ]
+
+
+def test_a_rank_without_a_sample_is_refused_on_all(two_ranks):
+    for result in two_ranks:
+        assert "expected a sample on every rank" in result["no sample"]
