@@ -54,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    runs = ["64:5e-4", "64:1e-3", "64:2e-3", "1024:3e-3", "1024:4e-3", "1024:6e-3"]
+    runs = ["64:5e-4", "64:1e-3", "64:2e-3", "1024:3e-3", "1024:4e-3", "1024:6e-3", "1024:8e-3"]
     parser.add_argument("--runs", nargs="+", default=runs, help="batch size:learning rate")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/batch_size"))

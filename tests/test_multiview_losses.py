@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gc_accel.losses import NTXentLoss, SelfConLoss, SupConLoss, dense, streaming
+from gc_accel.losses import NTXentLoss, SelfConLoss, SupConLoss, dense, streaming, tiling
 from gc_accel.losses.pairs import Pairs
 from tests.comparing import assert_equal
 
@@ -67,8 +67,8 @@ def assert_same(found, expected):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(streaming, "TILE_ROWS", 3)
-    monkeypatch.setattr(streaming, "TILE_COLUMNS", 5)
+    monkeypatch.setattr(tiling, "TILE_ROWS", 3)
+    monkeypatch.setattr(tiling, "TILE_COLUMNS", 5)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -202,15 +202,15 @@ def test_tile_budget_never_changes_the_result(options):
 
 @pytest.mark.parametrize(("rows", "columns"), [(3, 5), (5, 3), (4, 4), (1, 7)])
 def test_tiles_above_the_diagonal_hold_each_pair_once(rows, columns, monkeypatch):
-    monkeypatch.setattr(streaming, "TILE_ROWS", rows)
-    monkeypatch.setattr(streaming, "TILE_COLUMNS", columns)
+    monkeypatch.setattr(tiling, "TILE_ROWS", rows)
+    monkeypatch.setattr(tiling, "TILE_COLUMNS", columns)
     size = 13
     visits, pairs = (
         torch.zeros(size, size),
         Pairs(torch.arange(size), torch.arange(size), above_diagonal=True),
     )
     computed = 0
-    for at in streaming.tiles(size, size, above_diagonal=True):
+    for at in tiling.tiles(size, size, above_diagonal=True):
         mask = pairs.left_out(*at)
         tile = visits[at]
         tile += 1 if mask is None else ~mask
@@ -266,7 +266,7 @@ def test_evaluation_keeps_and_computes_nothing_for_backward(monkeypatch):
     with torch.no_grad():
         assert NTXentLoss()(views).isfinite()
     assert NTXentLoss()(views).isfinite()
-    assert budgets == [0, streaming.DEFAULT_TILE_BUDGET]
+    assert budgets == [0, tiling.DEFAULT_TILE_BUDGET]
 
 
 def test_inputs_that_make_no_sense_are_refused():
@@ -305,6 +305,23 @@ def test_options_that_make_no_sense_are_refused(options, message):
 def test_contradicting_flags_are_refused():
     with pytest.raises(ValueError, match="got both"):
         SelfConLoss(selfcon_s_FG=True, selfcon_m_FG=True)
+
+
+@pytest.mark.parametrize("kind", ["none", "classes"])
+@pytest.mark.parametrize("options", [{}, {"variant": "in", "contrast_mode": "one"}])
+def test_statistics_are_means_over_all_pairs_of_views(kind, options):
+    views, labels = make_views(7, 3), make_labels(kind, 7)
+    loss = SupConLoss(**options)
+    loss(views, labels)
+    rows = views.flatten(0, 1)
+    classes = (torch.arange(7) if labels is None else labels).repeat_interleave(3)
+    similarity, alike = rows @ rows.T, classes[:, None] == classes
+    siblings = alike & ~torch.eye(21, dtype=torch.bool)
+    expected = {"positive_similarity": siblings, "negative_similarity": ~alike}
+    assert loss.statistics.keys() == expected.keys()
+    for name, pairs in expected.items():
+        torch.testing.assert_close(loss.statistics[name], similarity[pairs].mean(), rtol=1e-12, atol=1e-12)
+        assert not loss.statistics[name].requires_grad
 
 
 PEAK = """

@@ -8,9 +8,18 @@ import torch
 from PIL import Image
 
 from gc_accel.data.digits import HandwrittenDigits
-from gc_accel.data.transforms import multicrop_transform, simclr_transform, supcon_transform
+from gc_accel.data.transforms import (
+    handwriting_transform,
+    multicrop_transform,
+    simclr_transform,
+    supcon_transform,
+)
 
-RECIPES = {"simclr": simclr_transform, "supcon": supcon_transform}
+RECIPES = {
+    "simclr": simclr_transform,
+    "supcon": supcon_transform,
+    "handwriting": handwriting_transform,
+}
 STILL = {"crop_scale": (1.0, 1.0), "jitter": 0.0, "flip": 0.0, "grayscale": 0.0, "blur": 0.0}
 
 
@@ -101,6 +110,19 @@ def test_jitter_and_blur_act(option):
     assert sum(changed) > 10
 
 
+def test_handwriting_is_bent_and_its_ink_stays():
+    digits = HandwrittenDigits("test", image_size=16)
+    changes = []
+    for strength in (0.0, 1.0, 2.0):
+        bend = handwriting_transform(16, strength=strength)
+        views = torch.stack([bend(digits[i]["image"]) for i in range(60)]).double()
+        scans = digits.pixels[:60].expand(-1, 3, -1, -1).unsqueeze(1).double()
+        changes.append(float((views - scans).abs().mean()))
+        assert 0.6 < float(views.mean() / scans.mean()) < 1.2
+    assert changes[0] < 1
+    assert 5 < changes[1] < changes[2]
+
+
 def test_transforms_can_be_sent_to_workers():
     transform = pickle.loads(pickle.dumps(multicrop_transform((16, 8), (1, 1))))
     assert len(transform(photo())) == 2
@@ -115,6 +137,8 @@ def test_transforms_can_be_sent_to_workers():
         (lambda: supcon_transform(8, crop_scale=(0.5, 0.2)), "crop_scale"),
         (lambda: simclr_transform(8, jitter=3), "jitter from 0 to 2.5"),
         (lambda: supcon_transform(8, flip=1.5), r"probabilities from 0 to 1, got \{'flip': 1.5\}"),
+        (lambda: handwriting_transform(8, strength=5), "strength from 0 to 4, got 8 and 5"),
+        (lambda: handwriting_transform(8, views=0), "at least one view"),
         (lambda: multicrop_transform((8, 4), (2,)), "got 2, 1 and 2"),
         (lambda: multicrop_transform((8, 4), (2, 0)), "at least one view"),
         (lambda: simclr_transform(8)(torch.rand(3, 9, 9)), r"uint8 tensor, got torch\.float32"),

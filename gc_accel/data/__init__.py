@@ -10,28 +10,43 @@ from gc_accel.data.numbers import (
     numbers_config,
     numbers_processor,
 )
+from gc_accel.data.passages import NumberPassages, passages_config, passages_tokenizer
 from gc_accel.data.readers import ImageTextDataset, load_image_text
-from gc_accel.data.transforms import multicrop_transform, simclr_transform, supcon_transform
+from gc_accel.data.transforms import (
+    handwriting_transform,
+    multicrop_transform,
+    simclr_transform,
+    supcon_transform,
+)
+from gc_accel.data.triplets import Corpus, TripletCollator, TripletDataset, load_triplets
 from gc_accel.data.views import MultiViewDataset, ViewsCollator, fold_views
 
 __all__ = [
     "BatchPlan",
     "ChunkedLoader",
+    "Corpus",
     "HandwrittenDigits",
     "HandwrittenNumbers",
     "ImageTextCollator",
     "ImageTextDataset",
     "MultiViewDataset",
+    "NumberPassages",
     "OpenClipCollator",
+    "TripletCollator",
+    "TripletDataset",
     "ViewsCollator",
     "all_captions",
     "fold_views",
+    "handwriting_transform",
     "image_statistics",
     "load_image_text",
+    "load_triplets",
     "multicrop_transform",
     "number_in_words",
     "numbers_config",
     "numbers_processor",
+    "passages_config",
+    "passages_tokenizer",
     "simclr_transform",
     "supcon_transform",
 ]

@@ -27,8 +27,13 @@ from gc_accel.data.scans import Split, check_split
 
 NUMBERS = 10_000
 HELD_OUT = NUMBERS // 10
-QUESTIONS = {"what is {}": 0, "what comes after {}": 1, "what comes before {}": -1}  # answer minus what is named
+QUESTIONS = {
+    "what is {}": 0,
+    "what comes after {}": 1,
+    "what comes before {}": -1,
+}  # answer minus what is named
 NEAR = np.array([1, 2, 10, 100, 1000])  # a hard negative differs from the answer by one of these
+SENTENCE = "what is comes after before odd even and -"  # words that are no numbers
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")
 MAX_TOKENS = 24
 
@@ -106,8 +111,7 @@ class NumberPassages(torch.utils.data.Dataset[dict[str, Any]]):
 
 def passages_tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer of this data, built in code: one token per word and per digit."""
-    sentence = set("what is comes after before odd even and -".split())
-    words = [*SPECIAL, *sorted(sentence), *WORDS.split(), *"0123456789"]
+    words = [*SPECIAL, *SENTENCE.split(), *WORDS.split(), *"0123456789"]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Sequence([Whitespace(), Digits(individual_digits=True)])
     ends = [(word, words.index(word)) for word in ("<start>", "<end>")]
@@ -124,7 +128,7 @@ def passages_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def passages_config(*, width: int = 64, layers: int = 2, heads: int = 4) -> BertConfig:
-    """A BERT small enough to be trained on one core."""
+    """A BERT small enough to be trained on one core, and without dropout, as it sees each question once or twice."""
     tokenizer = passages_tokenizer()
     return BertConfig(
         vocab_size=len(tokenizer),
@@ -133,5 +137,7 @@ def passages_config(*, width: int = 64, layers: int = 2, heads: int = 4) -> Bert
         num_hidden_layers=layers,
         num_attention_heads=heads,
         max_position_embeddings=MAX_TOKENS,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
         pad_token_id=tokenizer.pad_token_id,
     )

@@ -2,9 +2,8 @@
 
 The recipes of SimCLR (arXiv 2002.05709, appendix A), SupCon (arXiv 2004.11362, the authors' code) and
 multi-crop (SwAV, arXiv 2006.09882, with the crop scales of DINO, arXiv 2104.14294). They suit photographs.
-What colour jitter, flips and small crops take from small grey scans is what tells them apart, so for those:
-
-    simclr_transform(32, crop_scale=(0.5, 1.0), jitter=0.5, flip=0.0, grayscale=0.0, blur=0.0)
+What colour jitter, flips and small crops take from small grey scans is what tells them apart;
+`handwriting_transform` bends these instead, as another hand would have.
 
 Views stay uint8 on the host; the encoder normalises them on the device. All draws come from torch's default
 generator.
@@ -126,6 +125,36 @@ def multicrop_transform(
         for size, scale in zip(sizes, crop_scales, strict=True)
     ]
     return _repeated(views, counts)
+
+
+def handwriting_transform(size: int, *, views: int = 2, strength: float = 1.0) -> MultiView:
+    """Views of scans of handwriting: rotated, moved, scaled, sheared and warped.
+
+    The elastic distortions are those of Simard et al. 2003 (Best practices for convolutional neural networks
+    applied to visual document analysis).
+
+    Args:
+        size: pixels per side of a view.
+        views: V.
+        strength: 1 turns by 15 degrees, moves by a tenth of a side and scales by a fifth at most, and warps
+            by about a fiftieth of a side; all grow in proportion. 0 leaves the scan as it is.
+
+    Raises:
+        ValueError: there is no view or no pixel, or the strength is out of range.
+    """
+    if size < 1 or not 0 <= strength <= 4:
+        raise ValueError(
+            f"expected a size of at least 1 and a strength from 0 to 4, got {size} and {strength}"
+        )
+    bent = v2.RandomAffine(
+        15 * strength,
+        translate=(0.1 * strength, 0.1 * strength),
+        scale=(1 - 0.2 * strength, 1 + 0.2 * strength),
+        shear=15 * strength,
+        interpolation=v2.InterpolationMode.BILINEAR,
+    )
+    warped = v2.ElasticTransform(0.02 * size**2 * strength, sigma=size / 8)
+    return _repeated([v2.Compose([v2.Resize((size, size), antialias=True), bent, warped])], [views])
 
 
 def _view(

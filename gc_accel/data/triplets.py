@@ -95,7 +95,7 @@ class TripletDataset(torch.utils.data.Dataset[dict[str, Any]]):
         if self.negatives:
             texts["negatives"] = row[self.negatives_column]
         counts = {"query": 1, "positive": 1, "negatives": self.negatives}
-        drawn = {key: _draw(_as_list(texts[key]), count, rng) for key, count in counts.items()}
+        drawn = {key: _draw(_strings(texts[key]), count, rng) for key, count in counts.items()}
         if short := [key for key, count in counts.items() if len(drawn[key]) < count]:
             raise ValueError(
                 f"row {index} of the data set: expected at least {counts} strings, got too few for {short}: "
@@ -179,8 +179,10 @@ def text_id(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def _as_list(value: str | list[str] | None) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or ())
+def _strings(value: Any) -> list[str]:
+    """What a cell holds, a string or a list of them; anything else, such as None, is none."""
+    texts = value if isinstance(value, list) else [value]
+    return [text for text in texts if isinstance(text, str)]
 
 
 def _draw(texts: list[str], count: int, rng: np.random.Generator) -> list[str]:

@@ -2,6 +2,7 @@
 
 from gc_accel.encoders.dual import DualEncoder
 from gc_accel.encoders.full_batch_head import FullBatchHead
+from gc_accel.encoders.retriever import Retriever
 from gc_accel.encoders.vision import VisionEncoder
 
-__all__ = ["DualEncoder", "FullBatchHead", "VisionEncoder"]
+__all__ = ["DualEncoder", "FullBatchHead", "Retriever", "VisionEncoder"]

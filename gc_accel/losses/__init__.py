@@ -1,12 +1,36 @@
 """Contrastive losses: pure functions of representations, streaming, exact on any number of ranks."""
 
+from gc_accel.losses.align_uniform import AlignUniformLoss
+from gc_accel.losses.barlow import BarlowTwinsLoss
 from gc_accel.losses.clip import CLIPLoss
+from gc_accel.losses.dcl import DCLLoss, DCLWLoss
+from gc_accel.losses.distillation import DistillationLoss
+from gc_accel.losses.hsic import HSICLoss
 from gc_accel.losses.nt_xent import NTXentLoss
+from gc_accel.losses.retrieval import RetrievalLoss
 from gc_accel.losses.selfcon import SelfConLoss
 from gc_accel.losses.siglip import SigLIPLoss
+from gc_accel.losses.spectral import SpectralLoss
 from gc_accel.losses.supcon import SupConLoss
+from gc_accel.losses.vicreg import VICRegLoss
 
-__all__ = ["LOSSES", "CLIPLoss", "NTXentLoss", "SelfConLoss", "SigLIPLoss", "SupConLoss"]
+__all__ = [
+    "LOSSES",
+    "AlignUniformLoss",
+    "BarlowTwinsLoss",
+    "CLIPLoss",
+    "DCLLoss",
+    "DCLWLoss",
+    "DistillationLoss",
+    "HSICLoss",
+    "NTXentLoss",
+    "RetrievalLoss",
+    "SelfConLoss",
+    "SigLIPLoss",
+    "SpectralLoss",
+    "SupConLoss",
+    "VICRegLoss",
+]
 
 # What `--loss` and `CachedContrastiveTrainer(loss=...)` take by name.
 LOSSES = {
@@ -15,4 +39,11 @@ LOSSES = {
     "simclr": NTXentLoss,
     "supcon": SupConLoss,
     "selfcon": SelfConLoss,
+    "dcl": DCLLoss,
+    "dclw": DCLWLoss,
+    "align_uniform": AlignUniformLoss,
+    "spectral": SpectralLoss,
+    "barlow": BarlowTwinsLoss,
+    "vicreg": VICRegLoss,
+    "hsic": HSICLoss,
 }

@@ -1,36 +1,59 @@
 """CLIP's symmetric cross-entropy (Radford et al. 2021, section 2.3) over the whole global batch."""
 
+from typing import Literal
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from gc_accel.distributed import GlobalLoss, RankedBatch
-from gc_accel.losses.classes import class_sums
-from gc_accel.losses.inputs import check_pairs, full_precision
-from gc_accel.losses.streaming import DEFAULT_TILE_BUDGET, logsumexp_both_ways
+from gc_accel.losses import statistics
+from gc_accel.losses.inputs import check_option, check_pairs, full_precision
+from gc_accel.losses.pairs import Pairs
+from gc_accel.losses.statistics import Similarities, similarities_within
+from gc_accel.losses.streaming import logsumexp_both_ways
+from gc_accel.losses.tiling import DEFAULT_TILE_BUDGET
+
+Duplicates = Literal["attract", "mask"]
 
 
 class CLIPLoss(GlobalLoss):
-    """Mean of the two cross-entropies, image to text and text to image, of a·I·Tᵀ + b.
+    """Mean of the two cross-entropies, image to text and text to image, of a·I·Tᵀ.
 
         L = 1/(2B) sum_i [ LSE_j s_ij - s_ii ] + [ LSE_j s_ji - s_ii ]
 
     With `labels`, samples that share a label are positives of one another, the term s_ii becomes the mean of
-    s_ij over them (UniCL, Yang et al. 2022, arXiv 2204.03610, equation 3).
+    s_ij over them (UniCL, Yang et al. 2022, arXiv 2204.03610, equation 3); or they are masked, left out of
+    one another's LSE, where equal labels tell false negatives.
+
+    With `negatives`, texts that belong to no image join the candidates of all images:
+    LSE_j s_ij reaches over them too, while LSE_j s_ji has no images to add.
 
     On several ranks each takes its own images against all texts: one gather of the texts, one
     reduce-scatter of their gradients, and B numbers per rank for the text direction.
 
     Args:
+        duplicates: what samples of one label are to one another: positives that "attract", or "mask".
         process_group: ranks whose batches make up the global batch; None is the default group.
         tile_budget: bytes of logits kept for the backward pass instead of computed twice.
+
+    `statistics` has `in_batch_r1` (images whose nearest candidate is a text of their own),
+    `positive_similarity` and `negative_similarity` (means over pairs of the batch) of the latest call, 0-d.
     """
 
     def __init__(
-        self, *, process_group: dist.ProcessGroup | None = None, tile_budget: int = DEFAULT_TILE_BUDGET
+        self,
+        *,
+        duplicates: Duplicates = "attract",
+        process_group: dist.ProcessGroup | None = None,
+        tile_budget: int = DEFAULT_TILE_BUDGET,
     ) -> None:
         super().__init__()
+        check_option("duplicates", duplicates, Duplicates)
+        self.duplicates = duplicates
         self.process_group = process_group
         self.tile_budget = tile_budget
+        self.statistics: dict[str, Tensor] = {}
 
     def forward(
         self,
@@ -39,6 +62,7 @@ class CLIPLoss(GlobalLoss):
         logit_scale: Tensor,
         logit_bias: Tensor | None = None,
         labels: Tensor | None = None,
+        negatives: Tensor | None = None,
     ) -> Tensor:
         """The loss of the global batch, 0-d.
 
@@ -48,25 +72,37 @@ class CLIPLoss(GlobalLoss):
             logit_scale: `(1,)`, a multiplicative scale (the exponential of CLIP's parameter).
             logit_bias: `(1,)`; softmax does not change with it, so its gradient is zero.
             labels: `(B,)` integers.
+            negatives: `(H, D)`, L2-normalised texts of no image, of this rank; ranks may have different H.
 
         Raises:
             ValueError: if shapes do not pair up.
         """
-        check_pairs(image, text, labels)
-        image, text, logit_scale, logit_bias = full_precision(image, text, logit_scale, logit_bias)
+        check_pairs(image, text, labels, negatives)
+        image, text, logit_scale, negatives = full_precision(image, text, logit_scale, negatives)
         batch = RankedBatch(len(image), image.device, self.process_group)
         texts = batch.gather(text)
-        by_image, by_text = logsumexp_both_ways(
-            image, texts, logit_scale, logit_bias, tile_budget=self.tile_budget
+        classes = torch.arange(batch.total, device=image.device) if labels is None else batch.gather(labels)
+        candidates, of_candidates = texts, classes
+        if negatives is not None:
+            others = RankedBatch(len(negatives), image.device, self.process_group).gather(negatives)
+            candidates = torch.cat((texts, others))
+            of_candidates = torch.cat((classes, (classes.max() + 1).expand(len(others))))
+        pairs = None
+        if labels is not None and self.duplicates == "mask":
+            ids = torch.arange(len(candidates), device=image.device)
+            pairs = Pairs(ids[batch.own], ids, classes[batch.own], of_candidates, classes="other", own="in")
+        found = logsumexp_both_ways(
+            image, candidates, logit_scale, start=batch.start, pairs=pairs, tile_budget=self.tile_budget
         )
-        by_text = batch.logsumexp(by_text)[batch.own]
-        matching = text
+        by_text = batch.logsumexp(found.by_column[: batch.total])[batch.own]
+        positive = found.own
+        positives = alike = Similarities(found.own / logit_scale, torch.ones_like(found.own))
         if labels is not None:
-            sums, counts, which = class_sums(texts, batch.gather(labels))
-            which = which[batch.own]
-            matching = sums.index_select(0, which) / counts[which, None]
-        positive = logit_scale * (image * matching).sum(1)
-        if logit_bias is not None:
-            positive = positive + logit_bias
+            alike = similarities_within(image, texts, classes, batch)
+            if self.duplicates == "attract":
+                positive, positives = logit_scale * alike.sums / alike.counts, alike
         # Over the batch, the means over each text's images sum to the same as those over each image's texts.
-        return batch.sum((by_image + by_text - 2 * positive).sum() / (2 * batch.total))
+        loss = batch.sum((found.by_row + by_text - 2 * positive).sum() / (2 * batch.total))
+        hits = of_candidates[found.nearest] == classes[batch.own]
+        self.statistics = statistics.of_pairs(batch, image, texts, hits, positives, alike)
+        return loss if logit_bias is None else loss + 0 * logit_bias.sum()

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 
-def check_pairs(image: Tensor, text: Tensor, labels: Tensor | None) -> None:
-    """Raise ValueError unless image and text are `(B, D)` each, and labels, if given, `(B,)`."""
+def check_pairs(
+    image: Tensor, text: Tensor, labels: Tensor | None = None, negatives: Tensor | None = None
+) -> None:
+    """Raise ValueError unless image and text are `(B, D)`, and, if given, labels `(B,)`, negatives `(H, D)`."""
     if image.ndim != 2 or image.shape != text.shape:
         raise ValueError(
             f"expected image and text of one shape (B, D), got {tuple(image.shape)} and {tuple(text.shape)}: "
@@ -15,14 +17,22 @@ def check_pairs(image: Tensor, text: Tensor, labels: Tensor | None) -> None:
         )
     if labels is not None and labels.shape != image.shape[:1]:
         raise ValueError(f"expected a label per pair, shape ({len(image)},), got {tuple(labels.shape)}")
+    if negatives is not None and (negatives.ndim != 2 or negatives.shape[1] != image.shape[1]):
+        raise ValueError(f"expected negatives of shape (H, {image.shape[1]}), got {tuple(negatives.shape)}")
 
 
-def check_views(views: Tensor, labels: Tensor | None = None, *, at_least: int = 1) -> None:
-    """Raise ValueError unless views are `(B, V, D)` with enough views, and labels, if given, `(B,)`."""
+def check_views(
+    views: Tensor, labels: Tensor | None = None, *, at_least: int = 1, at_most: int | None = None
+) -> None:
+    """Raise ValueError unless views are `(B, V, D)` with V in range, and labels, if given, `(B,)`."""
     if views.ndim != 3 or views.shape[1] < at_least:
         raise ValueError(
             f"expected views of shape (B, V, D) with V of at least {at_least}, got {tuple(views.shape)}: "
             "stack the views of a sample along dimension 1"
+        )
+    if at_most is not None and views.shape[1] > at_most:
+        raise ValueError(
+            f"expected {at_most} views of each sample, got {views.shape[1]} in {tuple(views.shape)}"
         )
     if labels is not None and labels.shape != views.shape[:1]:
         raise ValueError(f"expected a label per sample, shape ({len(views)},), got {tuple(labels.shape)}")
@@ -38,3 +48,9 @@ def check_option(name: str, value: str, allowed: Any) -> None:
     """Raise ValueError unless `value` is one of those that the `Literal` type allows."""
     if value not in get_args(allowed):
         raise ValueError(f"expected {name} to be one of {get_args(allowed)}, got {value!r}")
+
+
+def check_size(total: int, loss: str) -> None:
+    """Raise ValueError for a global batch of fewer than two samples, where nothing is to be contrasted."""
+    if total < 2:
+        raise ValueError(f"expected at least 2 samples in the global batch of {loss}, got {total}")

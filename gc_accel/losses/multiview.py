@@ -19,10 +19,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gc_accel.distributed import GlobalLoss, RankedBatch
+from gc_accel.losses import statistics
 from gc_accel.losses.classes import class_sums
 from gc_accel.losses.inputs import check_option, full_precision
 from gc_accel.losses.pairs import Pairs
-from gc_accel.losses.streaming import DEFAULT_TILE_BUDGET, logsumexp_over_pairs
+from gc_accel.losses.streaming import logsumexp_over_pairs
+from gc_accel.losses.tiling import DEFAULT_TILE_BUDGET
 
 Variant = Literal["out", "in"]
 Orphans = Literal["zero", "exclude", "error"]
@@ -42,6 +44,9 @@ class MultiViewLoss(GlobalLoss):
             the mean (0 if nothing is left), or "error".
         process_group: ranks whose batches make up the global batch; None is the default group.
         tile_budget: bytes of logits kept for the backward pass instead of computed twice.
+
+    `statistics` has `positive_similarity` and `negative_similarity` of the latest call, 0-d: the means over
+    all pairs of views of one class and of two.
     """
 
     def __init__(
@@ -66,6 +71,7 @@ class MultiViewLoss(GlobalLoss):
         self.orphans = orphans
         self.process_group = process_group
         self.tile_budget = tile_budget
+        self.statistics: dict[str, Tensor] = {}
 
     def contrast(self, views: Tensor, labels: Tensor | None, anchored: int) -> Tensor:
         """The loss of the global batch, 0-d.
@@ -86,6 +92,7 @@ class MultiViewLoss(GlobalLoss):
         sums, sizes, classes = class_sums(candidates.sum(1), classes)
         positives = sizes[classes] * per_sample - 1  # of each view of a sample, (B,)
         counted = self._count(positives, anchored)
+        self.statistics = statistics.of_views(candidates, sums, sizes * per_sample)
 
         anchors, own_classes, positives = views[:, :anchored], classes[batch.own], positives[batch.own, None]
         scale = views.new_full((1,), 1 / self.temperature)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from gc_accel.losses.inputs import check_views
 from gc_accel.losses.multiview import MultiViewLoss
-from gc_accel.losses.streaming import DEFAULT_TILE_BUDGET
+from gc_accel.losses.tiling import DEFAULT_TILE_BUDGET
 
 
 class NTXentLoss(MultiViewLoss):

@@ -5,8 +5,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gc_accel.distributed import GlobalLoss, RankedBatch
+from gc_accel.losses import statistics
 from gc_accel.losses.inputs import check_pairs, full_precision
-from gc_accel.losses.streaming import sigmoid_cross_entropy
+from gc_accel.losses.sigmoid import Positives, sigmoid_cross_entropy
+from gc_accel.losses.statistics import Similarities, similarities_within
+from gc_accel.losses.tiling import Own
 
 
 class SigLIPLoss(GlobalLoss):
@@ -18,11 +21,14 @@ class SigLIPLoss(GlobalLoss):
 
     Args:
         process_group: ranks whose batches make up the global batch; None is the default group.
+
+    `statistics` is as in `CLIPLoss`.
     """
 
     def __init__(self, *, process_group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
         self.process_group = process_group
+        self.statistics: dict[str, Tensor] = {}
 
     def forward(
         self,
@@ -36,6 +42,15 @@ class SigLIPLoss(GlobalLoss):
         check_pairs(image, text, labels)
         image, text, logit_scale, logit_bias = full_precision(image, text, logit_scale, logit_bias)
         batch = RankedBatch(len(image), image.device, self.process_group)
-        ids = torch.arange(batch.total, device=image.device) if labels is None else batch.gather(labels)
-        total = sigmoid_cross_entropy(image, batch.gather(text), logit_scale, logit_bias, ids[batch.own], ids)
+        texts, own = batch.gather(text), Own(image, batch.start)
+        classes = torch.arange(batch.total, device=image.device) if labels is None else batch.gather(labels)
+        positives = Positives(batch.start)
+        if labels is not None:
+            positives = Positives(batch.start, labels, classes)
+        total = sigmoid_cross_entropy(image, texts, logit_scale, logit_bias, positives, own)
+        similar = Similarities(own.logits / logit_scale, torch.ones_like(own.logits))
+        if labels is not None:
+            similar = similarities_within(image.detach(), texts.detach(), classes, batch)
+        hits = classes[own.nearest] == classes[batch.own]
+        self.statistics = statistics.of_pairs(batch, image, texts, hits, similar, similar)
         return batch.sum(total / batch.total)

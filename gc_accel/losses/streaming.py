@@ -1,50 +1,57 @@
-"""Streaming over a similarity matrix: B x B logits, a tile at a time.
+"""The streaming log-sum-exp, over which all softmax losses are declared: B x B logits, a tile at a time.
 
-    logits s = scale * X Yᵀ + bias           X: (R, D) rows (anchors), Y: (C, D) columns (candidates)
+    logits s = scale * X Yᵀ           X: (R, D) rows (anchors), Y: (C, D) columns (candidates)
 
 No more than one tile exists at once, but for those that fit the budget: they are kept for the backward pass
-instead of computed again. So memory is O((R + C) D) plus the budget, forward and backward. Sums run over
-tiles in a fixed order, in the inputs' own precision, which makes every result bitwise repeatable.
+instead of computed again. So memory is O((R + C) D) plus the budget, forward and backward.
 
-Products of R C D multiply-adds: log-sum-exp of one or both directions 4 (3 where all tiles are kept), sigmoid
-3. Rows that are their own candidates need the tiles above the diagonal alone, so about half of that: each
-feeds the sums of its rows and, transposed, those of its columns.
+Products of R C D multiply-adds: 4 for one or both directions, 3 where all tiles are kept. Rows that are their
+own candidates need the tiles above the diagonal alone, half of that: each feeds the sums of its rows and,
+transposed, those of its columns. The largest logit of each row falls out on the way.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gc_accel.losses.exponentials import FixedShift, RunningMaxima
 from gc_accel.losses.pairs import Pairs
+from gc_accel.losses.tiling import DEFAULT_TILE_BUDGET, Gradients, Own, Place, logits_of, own_pairs, tiles
 
-DEFAULT_TILE_BUDGET = 256 * 2**20  # bytes
-TILE_ROWS, TILE_COLUMNS = 512, 1024  # fastest on the CPUs measured (docs/log.md)
+Kept = dict[tuple[int, int], Tensor]
+
+
+class BothWays(NamedTuple):
+    """Sums over a matrix of logits in which row i belongs to column start + i."""
+
+    by_row: Tensor  # (R,) log-sum-exp of each row
+    by_column: Tensor  # (C,) and of each column
+    own: Tensor  # (R,) the logit of each row with its own column
+    nearest: Tensor  # (R,) the column of the largest logit of each row, without a gradient
 
 
 def logsumexp_both_ways(
     rows: Tensor,
     columns: Tensor,
     scale: Tensor,
-    bias: Tensor | None,
     *,
+    start: int = 0,
+    pairs: Pairs | None = None,
     tile_budget: int = DEFAULT_TILE_BUDGET,
-) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp of the logits along each row `(R,)` and along each column `(C,)`, from one pass over tiles.
+) -> BothWays:
+    """Sums by row and by column from one pass over the tiles.
 
     Args:
         rows: `(R, D)`.
-        columns: `(C, D)`.
+        columns: `(C, D)`, with C at least start + R.
         scale: `(1,)`, multiplies the products.
-        bias: `(1,)` or None, is added to them.
+        start: the column that belongs to the first row.
+        pairs: which pairs count, own ones among them; None: all.
         tile_budget: bytes of tiles to keep for the backward pass.
     """
-    kept = tile_budget if torch.is_grad_enabled() else 0
-    with torch.autocast(rows.device.type, enabled=False):
-        return _LogSumExp.apply(rows, columns, scale, bias, None, kept)
+    return BothWays(*_apply(rows, columns, scale, pairs, start, tile_budget))
 
 
 def logsumexp_over_pairs(
@@ -61,89 +68,21 @@ def logsumexp_over_pairs(
         rows, columns, scale, tile_budget: as in `logsumexp_both_ways`.
         pairs: which pairs count; those above the diagonal count for the rows of both.
     """
+    return _apply(rows, columns, scale, pairs, None, tile_budget)[0]
+
+
+def _apply(
+    rows: Tensor, columns: Tensor, scale: Tensor, pairs: Pairs | None, start: int | None, tile_budget: int
+) -> tuple[Tensor, ...]:
     kept = tile_budget if torch.is_grad_enabled() else 0
     with torch.autocast(rows.device.type, enabled=False):
-        return _LogSumExp.apply(rows, columns, scale, None, pairs, kept)[0]
-
-
-def sigmoid_cross_entropy(
-    rows: Tensor, columns: Tensor, scale: Tensor, bias: Tensor | None, row_ids: Tensor, column_ids: Tensor
-) -> Tensor:
-    """Sum over all pairs of -log sigmoid(±logit), + where the ids are equal; 0-d.
-
-    The gradient is had along with the value, so the backward pass computes no product.
-
-    Args:
-        rows, columns, scale, bias: as in `logsumexp_both_ways`.
-        row_ids: `(R,)` integers, column_ids: `(C,)`.
-    """
-    wanted = torch.is_grad_enabled()
-    with torch.autocast(rows.device.type, enabled=False):
-        return _SigmoidCrossEntropy.apply(rows, columns, scale, bias, row_ids, column_ids, wanted)
-
-
-def tiles(rows: int, columns: int, above_diagonal: bool = False) -> Iterator[tuple[slice, slice]]:
-    """Row and column ranges of the tiles that cover a matrix, or what is above its diagonal, row by row."""
-    for top in range(0, rows, TILE_ROWS):
-        for left in range(top if above_diagonal else 0, columns, TILE_COLUMNS):
-            yield slice(top, min(top + TILE_ROWS, rows)), slice(left, min(left + TILE_COLUMNS, columns))
-
-
-def _logits(
-    rows: Tensor,
-    columns: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    at: tuple[slice, slice],
-    pairs: Pairs | None = None,
-) -> Tensor:
-    """Logits of one tile, minus infinity for pairs that do not count."""
-    logits = (rows[at[0]] * scale) @ columns[at[1]].T
-    if bias is not None:
-        logits += bias
-    mask = None if pairs is None else pairs.left_out(*at)
-    return logits if mask is None else logits.masked_fill_(mask, -torch.inf)
-
-
-def _softmax(logits: Tensor, total: Tensor) -> Tensor:
-    """exp(logits - total), and zero rather than NaN for a sum over no pair at all."""
-    return (logits - total.masked_fill(total == -torch.inf, torch.inf)).exp_()
-
-
-class _Gradients:
-    """Gradients of rows, columns, scale and bias, summed up tile by tile from the gradient of the logits."""
-
-    def __init__(self, rows: Tensor, columns: Tensor, scale: Tensor, needed: tuple[bool, ...]) -> None:
-        self.inputs, self.scale = (rows, columns), scale
-        # The scale's gradient falls out of the product for the rows: sum(G * XYᵀ) = sum(GY * X).
-        self.rows = torch.zeros_like(rows) if needed[0] or needed[2] else None
-        self.columns = torch.zeros_like(columns) if needed[1] else None
-        self.bias = torch.zeros_like(scale) if needed[3] else None
-        self.needed = needed
-
-    def add(self, at: tuple[slice, slice], grad: Tensor) -> None:
-        rows, columns = self.inputs
-        if self.rows is not None:
-            self.rows[at[0]].addmm_(grad, columns[at[1]])
-        if self.columns is not None:
-            self.columns[at[1]].addmm_(grad.T, rows[at[0]])
-        if self.bias is not None:
-            self.bias += grad.sum()
-
-    def result(self) -> tuple[Tensor | None, ...]:
-        scale = None
-        if self.rows is not None:
-            scale = (self.rows * self.inputs[0]).sum().reshape_as(self.scale) if self.needed[2] else None
-            self.rows *= self.scale
-        if self.columns is not None:
-            self.columns *= self.scale
-        return self.rows if self.needed[0] else None, self.columns, scale, self.bias
+        return _LogSumExp.apply(rows, columns, scale, pairs, start, kept)
 
 
 class _LogSumExp(torch.autograd.Function):
-    """By row and by column over all pairs, or by row over those of `pairs`.
+    """By row over all of `pairs` and, where rows have a column of their own (`start`), by column.
 
-    Above the diagonal, what sums up by row and by column belongs to the same rows: one tensor serves as both.
+    Above the diagonal, what sums up by row and by column belongs to the same rows.
     """
 
     @staticmethod
@@ -152,73 +91,75 @@ class _LogSumExp(torch.autograd.Function):
         rows: Tensor,
         columns: Tensor,
         scale: Tensor,
-        bias: Tensor | None,
         pairs: Pairs | None,
+        start: int | None,
         tile_budget: int,
-    ) -> tuple[Tensor, Tensor | None]:
-        ctx.pairs, ctx.halved = pairs, pairs is not None and pairs.above_diagonal
-        by_row = rows.new_full((len(rows),), -torch.inf)
-        by_column = by_row if ctx.halved else None
-        if pairs is None:
-            by_column = columns.new_full((len(columns),), -torch.inf)
-        ctx.kept = {}
-        for at in tiles(len(rows), len(columns), ctx.halved):
-            i, j = at
-            logits = _logits(rows, columns, scale, bias, at, pairs)
-            by_row[i] = torch.logaddexp(by_row[i], logits.logsumexp(1))
-            if by_column is not None:
-                by_column[j] = torch.logaddexp(by_column[j], logits.logsumexp(0))
-            tile_budget -= logits.nbytes
-            if tile_budget >= 0 and any(ctx.needs_input_grad):
-                ctx.kept[i.start, j.start] = logits
-        ctx.save_for_backward(rows, columns, scale, bias, by_row, by_column)
-        return by_row, None if ctx.halved else by_column
+    ) -> tuple[Tensor | None, ...]:
+        ctx.pairs, ctx.start = pairs, start
+        ctx.halved = pairs is not None and pairs.above_diagonal
+        budget = tile_budget if any(ctx.needs_input_grad) else 0
+        directions = {"halved": ctx.halved, "both": start is not None}
+        sums: FixedShift | RunningMaxima = FixedShift(rows, columns, scale, **directions)
+        kept, own = _sum_up(sums, rows, columns, scale, pairs, start, budget)
+        if isinstance(sums, FixedShift) and not sums.is_exact():
+            kept = {}  # before the second pass fills the budget again
+            sums = RunningMaxima(rows, columns, **directions)
+            kept, own = _sum_up(sums, rows, columns, scale, pairs, start, budget)
+        ctx.sums, ctx.kept_at = sums, list(kept)
+        # Not as an attribute: kept tiles shall go with the backward pass, not with the loss.
+        ctx.save_for_backward(rows, columns, scale, *kept.values())
+        by_row, by_column = sums.totals()
+        if own is None:
+            return (by_row,)
+        ctx.mark_non_differentiable(own.nearest)
+        return by_row, by_column, own.logits, own.nearest
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, row_grad: Tensor, column_grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        rows, columns, scale, bias, by_row, by_column = ctx.saved_tensors
-        if ctx.halved:
-            column_grad = row_grad
-        gradients = _Gradients(rows, columns, scale, ctx.needs_input_grad)
-        for at in tiles(len(rows), len(columns), ctx.halved):
-            i, j = at
-            logits = ctx.kept.get((i.start, j.start))
-            if logits is None:
-                logits = _logits(rows, columns, scale, bias, at, ctx.pairs)
-            grad = _softmax(logits, by_row[i, None]).mul_(row_grad[i, None])
-            if column_grad is not None:
-                grad += _softmax(logits, by_column[j]).mul_(column_grad[j])
-            gradients.add(at, grad)
-        return *gradients.result(), None, None
+    def backward(ctx: Any, row_grad: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
+        rows, columns, scale, *tensors = ctx.saved_tensors
+        kept = dict(zip(ctx.kept_at, tensors, strict=True))
+        column_grad, own_grad = others[:2] if others else (row_grad if ctx.halved else None, None)
+        pull = ctx.sums.pull(row_grad, column_grad)
+        gradients = Gradients(rows, columns, scale, (*ctx.needs_input_grad[:3], False))
+        with torch.autocast(rows.device.type, enabled=False):
+            for at in tiles(len(rows), len(columns), ctx.halved):
+                terms = kept.get((at[0].start, at[1].start))
+                if terms is None:
+                    terms = ctx.sums.terms(_counted(logits_of(rows, columns, scale, at), ctx.pairs, at))
+                grad = pull(at, terms)
+                if own_grad is not None:
+                    which, own = own_pairs(grad, at, ctx.start)
+                    own += own_grad[which]
+                gradients.add(at, grad)
+            return *gradients.result()[:3], None, None, None
 
 
-class _SigmoidCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        columns: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        row_ids: Tensor,
-        column_ids: Tensor,
-        wanted: bool,
-    ) -> Tensor:
-        gradients = _Gradients(rows, columns, scale, ctx.needs_input_grad) if wanted else None
-        total = rows.new_zeros((), dtype=torch.float64 if rows.device.type != "mps" else None)
-        for at in tiles(len(rows), len(columns)):
-            i, j = at
-            logits = _logits(rows, columns, scale, bias, at)
-            positive = row_ids[i, None] == column_ids[j]
-            # -log sigmoid(y s) = softplus(-y s), whose derivative is sigmoid(s) - [y = 1]
-            total += F.softplus(torch.where(positive, -logits, logits)).sum()
-            if gradients is not None:
-                gradients.add(at, logits.sigmoid_().sub_(positive.to(logits.dtype)))
-        ctx.gradients = None if gradients is None else gradients.result()
-        return total.to(rows.dtype)
+def _sum_up(
+    sums: FixedShift | RunningMaxima,
+    rows: Tensor,
+    columns: Tensor,
+    scale: Tensor,
+    pairs: Pairs | None,
+    start: int | None,
+    budget: int,
+) -> tuple[Kept, Own | None]:
+    """One pass over the tiles; what it kept of them, and what it noted of rows that have their own column."""
+    kept: Kept = {}
+    own = None if start is None else Own(rows, start)
+    for at in tiles(len(rows), len(columns), pairs is not None and pairs.above_diagonal):
+        logits = _counted(logits_of(rows, columns, scale, at), pairs, at)
+        if own is not None:
+            own.note(at, logits)
+        terms = sums.terms(logits)
+        sums.add(at, terms)
+        budget -= terms.nbytes
+        if budget >= 0:
+            kept[at[0].start, at[1].start] = terms
+    return kept, own
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *(None if each is None else each * grad for each in ctx.gradients), None, None, None
+
+def _counted(logits: Tensor, pairs: Pairs | None, at: Place) -> Tensor:
+    """Minus infinity for pairs that do not count."""
+    mask = None if pairs is None else pairs.left_out(*at)
+    return logits if mask is None else logits.masked_fill_(mask, -torch.inf)

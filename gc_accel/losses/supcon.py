@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gc_accel.losses.inputs import check_option, check_views
 from gc_accel.losses.multiview import MultiViewLoss, Orphans, Variant
-from gc_accel.losses.streaming import DEFAULT_TILE_BUDGET
+from gc_accel.losses.tiling import DEFAULT_TILE_BUDGET
 
 ContrastMode = Literal["all", "one"]
 

@@ -1,38 +1,9 @@
-"""The readable twins: each loss in a few lines over the whole matrix, in one process.
-
-They have the signatures of the streaming losses and serve as the oracles of their tests.
-"""
+"""Twins of the losses over the views of a sample that contrast them with those of others."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-
-def clip_loss(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor | None = None,
-    labels: Tensor | None = None,
-) -> Tensor:
-    """Twin of `CLIPLoss`."""
-    logits = _logits(image, text, logit_scale, logit_bias)
-    matches = _matches(len(image), labels).to(logits)
-    targets = matches / matches.sum(1, keepdim=True)
-    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
-
-
-def siglip_loss(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor | None = None,
-    labels: Tensor | None = None,
-) -> Tensor:
-    """Twin of `SigLIPLoss`."""
-    logits = _logits(image, text, logit_scale, logit_bias)
-    sign = 2 * _matches(len(image), labels).to(logits) - 1
-    return -F.logsigmoid(sign * logits).sum() / len(image)
+from gc_accel.losses.dense.pairs import matches
 
 
 def nt_xent_loss(views: Tensor, *, temperature: float = 0.5) -> Tensor:
@@ -90,7 +61,7 @@ def _contrast(
 ) -> Tensor:
     rows, labels = views.flatten(0, 1), labels.repeat_interleave(views.shape[1])
     others = ~torch.eye(len(rows), dtype=torch.bool)
-    positives = others & _matches(len(rows), labels)
+    positives = others & matches(len(rows), labels)
     chosen = is_anchor.flatten() & positives.any(1)
     others, positives = others[chosen], positives[chosen]
     logits = rows[chosen] @ rows.T / temperature
@@ -102,11 +73,39 @@ def _contrast(
     return terms.sum() / (is_anchor if orphans == "zero" else chosen).sum().clamp(min=1)
 
 
-def _logits(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor | None) -> Tensor:
-    logits = logit_scale * image @ text.T
-    return logits if logit_bias is None else logits + logit_bias
+def dcl_loss(views: Tensor, *, temperature: float = 0.1, weights: Tensor | float = 1.0) -> Tensor:
+    """Twin of `DCLLoss`; `weights` of the positives of each sample, `(B, 1)`."""
+    rows, samples = views.flatten(0, 1), torch.arange(len(views)).repeat_interleave(views.shape[1])
+    logits, alike = rows @ rows.T / temperature, samples[:, None] == samples
+    siblings = alike & ~torch.eye(len(rows), dtype=torch.bool)
+    attraction = (logits * siblings).sum(1) / siblings.sum(1)
+    repulsion = logits.masked_fill(alike, -torch.inf).logsumexp(1)
+    return (repulsion.view(views.shape[:2]) - weights * attraction.view(views.shape[:2])).mean()
 
 
-def _matches(size: int, labels: Tensor | None) -> Tensor:
-    labels = torch.arange(size) if labels is None else labels
-    return labels[:, None] == labels
+def dclw_loss(
+    views: Tensor, *, temperature: float = 0.1, sigma: float = 0.5, detach_weight: bool = False
+) -> Tensor:
+    """Twin of `DCLWLoss`."""
+    similarity = (views[:, 0] * views[:, 1]).sum(1, keepdim=True)
+    weights = 2 - len(views) * (similarity / sigma).softmax(0)
+    return dcl_loss(views, temperature=temperature, weights=weights.detach() if detach_weight else weights)
+
+
+def align_uniform_loss(
+    views: Tensor, *, alpha: float = 2.0, t: float = 2.0, uniformity: float = 1.0
+) -> Tensor:
+    """Twin of `AlignUniformLoss`."""
+    first, second = views.unbind(1)
+    alignment = (first - second).norm(dim=1).pow(alpha).mean()
+    uniform = [each.sub(other).square().sum(2) for each, other in ((z[:, None], z) for z in (first, second))]
+    above = torch.ones(len(views), len(views), dtype=torch.bool).triu(1)
+    return alignment + uniformity / 2 * sum((-t * each[above]).exp().mean().log() for each in uniform)
+
+
+def spectral_loss(views: Tensor, *, mu: float = 1.0) -> Tensor:
+    """Twin of `SpectralLoss`."""
+    length = views.norm(dim=2, keepdim=True)
+    first, second = torch.where(length > mu**0.5, views / length * mu**0.5, views).unbind(1)
+    similarity, others = first @ second.T, ~torch.eye(len(views), dtype=torch.bool)
+    return (similarity[others].square().mean() - 2 * similarity.diagonal().mean()) / mu

@@ -1,0 +1,132 @@
+"""Distillation of a similarity matrix: the student's softmax over the batch follows that of a teacher.
+
+Of the divergences of all rows and columns, with the student's logits s and the teacher's t,
+
+    sum_i KL(q_i. || p_i.) = sum_ij q_ij (t_ij - s_ij) - sum_i LSE_j t_ij + sum_i LSE_j s_ij
+
+the log-sum-exps are the streaming ones. What is left has weights that do not depend on the student, so a tile
+of the teacher's logits, which makes the weights, feeds the value and both gradients at once.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gc_accel.distributed import GlobalLoss, RankedBatch
+from gc_accel.losses.eager import with_gradients
+from gc_accel.losses.inputs import check_pairs, full_precision
+from gc_accel.losses.streaming import logsumexp_both_ways
+from gc_accel.losses.tiling import DEFAULT_TILE_BUDGET, Gradients, logits_of, tiles
+
+Factors = tuple[Tensor, Tensor, Tensor]  # rows (R, D), columns (C, D) and scale (1,) of logits
+
+
+class DistillationLoss(GlobalLoss):
+    """Mean divergence of the student's rows and columns from those of a teacher:
+
+        L = 1/2B sum_i [ KL(q_i. || p_i.) + KL(q_.i || p_.i) ],  p ~ exp(a·I·Tᵀ), q likewise of the teacher
+
+    The teacher's matrix is given by its representations, of any dimension, and never exists as a whole. Add
+    the loss to a `CLIPLoss` to learn from the pairs, too. CLIP-KD (Yang et al. 2024, arXiv 2307.12732,
+    section 3.2) calls it contrastive relational distillation.
+
+    Args:
+        teacher_scale: the teacher's logit scale.
+        process_group: ranks whose batches make up the global batch; None is the default group.
+        tile_budget: bytes of logits kept for the backward pass instead of computed twice.
+    """
+
+    def __init__(
+        self,
+        teacher_scale: float = 100.0,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        tile_budget: int = DEFAULT_TILE_BUDGET,
+    ) -> None:
+        super().__init__()
+        self.teacher_scale = teacher_scale
+        self.process_group = process_group
+        self.tile_budget = tile_budget
+
+    def forward(
+        self,
+        image: Tensor,
+        text: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        *,
+        teacher_image: Tensor,
+        teacher_text: Tensor,
+    ) -> Tensor:
+        """The loss of the global batch, 0-d.
+
+        Args:
+            image: `(B, D)`, L2-normalised, of this rank.
+            text: `(B, D)`, likewise, row i belongs to image i.
+            logit_scale: `(1,)`, a multiplicative scale (the exponential of CLIP's parameter).
+            logit_bias: `(1,)`; softmax does not change with it, so its gradient is zero.
+            teacher_image: `(B, E)`, of the same images, L2-normalised; no gradient goes there.
+            teacher_text: `(B, E)`, of the same texts.
+
+        Raises:
+            ValueError: if shapes do not pair up.
+        """
+        check_pairs(image, text)
+        check_pairs(teacher_image, teacher_text)
+        if len(image) != len(teacher_image):
+            raise ValueError(
+                f"expected the teacher's representations of the same {len(image)} pairs, got {len(teacher_image)}"
+            )
+        image, text, logit_scale = full_precision(image, text, logit_scale)
+        teacher_image, teacher_text = (each.detach().to(image) for each in (teacher_image, teacher_text))
+        batch = RankedBatch(len(image), image.device, self.process_group)
+        texts, teacher_texts = batch.gather(text), batch.gather(teacher_text)
+        scale = image.new_full((1,), self.teacher_scale)
+        found = logsumexp_both_ways(
+            image, texts, logit_scale, start=batch.start, tile_budget=self.tile_budget
+        )
+        with torch.no_grad():
+            teacher = logsumexp_both_ways(teacher_image, teacher_texts, scale, start=batch.start)
+            teacher_by_text = batch.logsumexp(teacher.by_column)
+        by_text = (batch.logsumexp(found.by_column) - teacher_by_text)[batch.own]
+        weighted = _apart(
+            (image, texts, logit_scale),
+            (teacher_image, teacher_texts, scale),
+            (teacher.by_row, teacher_by_text),
+        )
+        loss = weighted + (found.by_row - teacher.by_row).sum() + by_text.sum()
+        loss = batch.sum(loss / (2 * batch.total))
+        return loss if logit_bias is None else loss + 0 * logit_bias.sum()
+
+
+def _apart(student: Factors, teacher: Factors, totals: tuple[Tensor, Tensor]) -> Tensor:
+    """sum_ij w_ij (t_ij - s_ij), w = softmax of t by row plus softmax of t by column, 0-d.
+
+    Args:
+        student: the factors of the logits s.
+        teacher: those of t.
+        totals: log-sum-exp of t by row `(R,)` and by column `(C,)`.
+    """
+    by_row, by_column = totals
+
+    def compute(
+        inputs: tuple[Any, ...], needed: tuple[bool, ...]
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        rows, columns, scale = inputs
+        # sum_ij w_ij s_ij comes from its own derivative by the scale, which it is proportional to.
+        gradients = Gradients(rows, columns, -scale, (needed[0], needed[1], True, False))
+        total = rows.new_zeros((), dtype=torch.float64 if rows.device.type != "mps" else None)
+        for at in tiles(len(rows), len(columns)):
+            logits = logits_of(*teacher, at)
+            weights = (logits - by_row[at[0], None]).exp_()
+            weights += (logits - by_column[at[1]]).exp_()
+            total += (weights * logits).sum()
+            gradients.add(at, weights)
+        of_rows, of_columns, weighted, _ = gradients.result()
+        assert weighted is not None
+        total -= (scale * weighted).sum()
+        return total.to(rows.dtype), (of_rows, of_columns, -weighted if needed[2] else None)
+
+    return with_gradients(compute, *student)

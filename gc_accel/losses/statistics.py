@@ -1,0 +1,104 @@
+"""What a batch looks like to a loss, for the logs: numbers that fall out of its tiles and sums.
+
+No statistic costs a product, takes part in the gradient or depends on the number of ranks. Similarities are
+those of the representations, without the logit scale; a mean over no pair at all is NaN.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gc_accel.distributed import RankedBatch
+from gc_accel.losses.classes import class_sums
+
+
+class Similarities(NamedTuple):
+    """For each image `(B,)`, the sum of its similarities to some texts, and how many those are."""
+
+    sums: Tensor
+    counts: Tensor
+
+
+def similarities_within(image: Tensor, texts: Tensor, classes: Tensor, batch: RankedBatch) -> Similarities:
+    """Over the texts of each image's class.
+
+    Args:
+        image: `(B, D)`, of this rank.
+        texts: `(B_global, D)`.
+        classes: `(B_global,)`.
+        batch: the ranks.
+    """
+    sums, counts, which = class_sums(texts, classes)
+    which = which[batch.own]
+    return Similarities((image * sums.index_select(0, which)).sum(1), counts[which])
+
+
+@torch.no_grad()
+def of_pairs(
+    batch: RankedBatch,
+    image: Tensor,
+    texts: Tensor,
+    hits: Tensor,
+    positives: Similarities,
+    alike: Similarities,
+) -> dict[str, Tensor]:
+    """Statistics of image-text pairs, of the global batch.
+
+    Args:
+        batch: the ranks.
+        image: `(B, D)`, of this rank.
+        texts: `(B_global, D)`.
+        hits: `(B,)`, whether the nearest text of an image is one of its own.
+        positives: over the texts that are positives.
+        alike: over the texts that are no negatives: positives and masked ones.
+
+    Returns:
+        `in_batch_r1`, the share of hits; `positive_similarity` and `negative_similarity`, means over pairs.
+    """
+    everything = (image.sum(0) * texts.sum(0)).sum()  # no product that autocast would round
+    shares = (
+        hits.sum(),
+        positives.sums.sum(),
+        positives.counts.sum(),
+        everything - alike.sums.sum(),
+        len(image) * len(texts) - alike.counts.sum(),
+    )
+    hit, near, near_count, far, far_count = batch.sum(torch.stack([each.to(image) for each in shares]))
+    return {
+        "in_batch_r1": hit / batch.total,
+        "positive_similarity": _mean(near, near_count),
+        "negative_similarity": _mean(far, far_count),
+    }
+
+
+@torch.no_grad()
+def of_views(views: Tensor, sums: Tensor, counts: Tensor) -> dict[str, Tensor]:
+    """Statistics of the views of all samples, each pair of different views counted.
+
+    Args:
+        views: `(B, V, D)`, of the global batch.
+        sums: `(K, D)`, the sum of the views of each class.
+        counts: `(K,)`, how many views each class has.
+
+    Returns:
+        `positive_similarity` and `negative_similarity`, means over pairs of one class and of two.
+    """
+    everything, same, own = sums.sum(0).square().sum(), sums.square().sum(), views.square().sum()
+    size, pairs = counts.sum(), counts.square().sum()
+    return {
+        "positive_similarity": _mean(same - own, pairs - size),
+        "negative_similarity": _mean(everything - same, size**2 - pairs),
+    }
+
+
+@torch.no_grad()
+def of_samples(views: Tensor) -> dict[str, Tensor]:
+    """The same where every sample is a class of its own."""
+    return of_views(
+        views, views.sum(1), torch.tensor([views.shape[1]], device=views.device).expand(len(views))
+    )
+
+
+def _mean(total: Tensor, count: Tensor) -> Tensor:
+    return torch.where(count > 0, total / count, torch.nan)
