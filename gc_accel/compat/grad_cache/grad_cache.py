@@ -1,0 +1,234 @@
+"""In place of `grad_cache.GradCache`: any number of models, each with its inputs, one representation each.
+
+A schedule over `encode` (`gc_accel/gradient_cache.py`), cut into the methods that subclasses override:
+
+    cache_step
+        split_inputs                    of each model
+        forward_no_grad                 of each model; of each chunk: get_input_tensors, model_call, get_reps
+        build_cache, compute_loss       the gradient of every representation
+        forward_backward                of each model; of each chunk: model_call, get_reps, in its random state
+
+Gradients are reduced over ranks once per model and step. What reaches over ranks is the loss: a `GlobalLoss` gets
+the factor of the scaling rule (`gc_accel/distributed.py`) here, any other brings it, as it always had to.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+
+from gc_accel.batch_norm import BatchNorms, Policy
+from gc_accel.chunking import Inputs, call, split
+from gc_accel.compat import checks
+from gc_accel.compat.checks import Model
+from gc_accel.compat.grad_cache.context_managers import RandContext
+from gc_accel.distributed import GlobalLoss, Replicas
+from gc_accel.gradient_cache import encode
+
+
+class GradCache:
+    """Gradients of a batch of any size; the optimizer step, and unscaling before it, are the caller's.
+
+    Args:
+        models: encoders, wrapped in DistributedDataParallel or not; one that is tied is listed twice.
+        chunk_sizes: samples that a model sees at once, for all models or for each.
+        loss_fn: a function of one representation per model and of the keyword arguments of a step.
+        split_input_fn: `(model_input, chunk_size) -> list of chunks`, for inputs that `split_inputs` refuses.
+        get_rep_fn: what makes the representation `(C, ...)` of that which a model returned.
+        fp16: autocast models and loss to float16; needs a scaler.
+        scaler: scales the loss before its backward pass, with `fp16`.
+        batch_norm: what to do about BatchNorm in training mode: "error", "frozen" or "ghost".
+
+    Raises:
+        ValueError: for chunk sizes that do not fit the models, fp16 without a scaler, an unknown policy.
+
+    Example:
+        >>> cache = GradCache([query_tower, passage_tower], [64, 8], SimpleContrastiveLoss(n_hard_negatives=7))
+        >>> loss = cache(queries, passages)
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Model],
+        chunk_sizes: int | Sequence[int],
+        loss_fn: Callable[..., Tensor],
+        split_input_fn: Callable[[Any, int], Sequence[Any]] | None = None,
+        get_rep_fn: Callable[[Any], Tensor] | None = None,
+        fp16: bool = False,
+        scaler: GradScaler | None = None,
+        *,
+        batch_norm: Policy = "error",
+    ) -> None:
+        self.models = models
+        self.chunk_sizes = [chunk_sizes] * len(models) if isinstance(chunk_sizes, int) else list(chunk_sizes)
+        checks.check_chunk_sizes(self.chunk_sizes, models)
+        checks.check_scaler(fp16, scaler)
+        self.loss_fn = loss_fn
+        self.split_input_fn = split_input_fn
+        self.get_rep_fn = get_rep_fn
+        self.fp16 = fp16
+        self.scaler = scaler
+        # Once, because they are slow to make: one per chunk took a fifth of a step of tiny models.
+        self.replicas = {id(model): Replicas(model, None) for model in models}
+        self.batch_norms = [BatchNorms(self.replicas[id(model)].model, batch_norm) for model in models]
+        self._get_input_tensors_strict = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The same as `cache_step`."""
+        return self.cache_step(*args, **kwargs)
+
+    def cache_step(
+        self, *model_inputs: Inputs, no_sync_except_last: bool = False, **loss_kwargs: Any
+    ) -> Tensor:
+        """Add the gradient of the loss of one batch to the weights; under `no_grad`, only compute the loss.
+
+        Args:
+            model_inputs: those of each model, in order.
+            no_sync_except_last: the models have to be in DistributedDataParallel. Such models are reduced once
+                per step, in their last chunk, whatever is said here.
+            loss_kwargs: for the loss. Outputs of other encoders among them get their gradient too.
+
+        Returns:
+            the loss, detached, not scaled.
+
+        Raises:
+            ValueError: for inputs that do not fit the models or differ in length, BatchNorm in training mode, a
+                model that would not be reduced over ranks, a representation that the loss ignores.
+        """
+        checks.check_models(self.models, model_inputs, no_sync_except_last)
+        for norms in self.batch_norms:
+            norms.begin_step()
+        chunked = [self.split_inputs(x, size) for x, size in zip(model_inputs, self.chunk_sizes, strict=True)]
+        encoded = [self.forward_no_grad(*each) for each in zip(self.models, chunked, strict=True)]
+        reps = [rep for rep, _ in encoded]
+        if not torch.is_grad_enabled():
+            with self._autocast(reps[0].device):
+                return self.compute_loss(*reps, **loss_kwargs)
+        gradients, loss = self.build_cache(*reps, **loss_kwargs)
+        checks.check_cache(gradients, self.models)
+        for index, (model, gradient) in enumerate(zip(self.models, gradients, strict=True)):
+            if gradient is None:
+                continue
+            pieces, states = gradient.split(self.chunk_sizes[index]), encoded[index][1]
+            is_last = not any(later is model for later in self.models[index + 1 :])  # tied: reduced once
+            with self.replicas[id(model)].reducing(is_last), self.batch_norms[index].second_pass():
+                self.forward_backward(model, chunked[index], pieces, states, checks.is_wrapped(model))
+        return loss
+
+    def split_inputs(self, model_input: Inputs, chunk_size: int) -> Sequence[Inputs]:
+        """The chunks of one model's inputs: a tensor, a list of tensors, a mapping, a tuple of such list and mapping.
+
+        Raises:
+            ValueError: for inputs of another kind without a `split_input_fn`, or that differ in length.
+        """
+        if self.split_input_fn is not None:
+            return self.split_input_fn(model_input, chunk_size)
+        checks.check_splittable(model_input)
+        return list(split(model_input, chunk_size))
+
+    def get_input_tensors(self, model_input: Inputs) -> list[Tensor]:
+        """The tensors in a chunk; the random states of their devices are noted.
+
+        Raises:
+            ValueError: if `_get_input_tensors_strict`, for anything but tensors in lists, tuples and mappings.
+        """
+        if isinstance(model_input, Tensor):
+            return [model_input]
+        if isinstance(model_input, Mapping):
+            model_input = list(model_input.values())
+        if isinstance(model_input, (list, tuple)):
+            return [tensor for each in model_input for tensor in self.get_input_tensors(each)]
+        if self._get_input_tensors_strict:
+            raise ValueError(
+                f"expected tensors in lists, tuples and mappings, got {type(model_input).__name__}: override "
+                "get_input_tensors, or leave _get_input_tensors_strict off"
+            )
+        return []
+
+    def model_call(self, model: Model, model_input: Inputs) -> Any:
+        """Call a model: a list by position, a mapping by keyword, a tuple of both by both, or one argument."""
+        with self._autocast(self._device(model, model_input)):
+            return model(*model_input) if isinstance(model_input, list) else call(model, model_input)
+
+    def get_reps(self, model_out: Any) -> Tensor:
+        """The representation `(C, ...)` in a model's output."""
+        return model_out if self.get_rep_fn is None else self.get_rep_fn(model_out)
+
+    def compute_loss(self, *reps: Tensor, **loss_kwargs: Any) -> Tensor:
+        """The loss of the batch, from one representation `(B, ...)` per model."""
+        return self.loss_fn(*reps, **loss_kwargs)
+
+    def forward_no_grad(
+        self, model: Model, model_inputs: Sequence[Inputs]
+    ) -> tuple[Tensor, Sequence[AbstractContextManager[Any]]]:
+        """First pass: the representation of all chunks `(B, ...)`, and the random states before each."""
+        weights = list(model.parameters()) if isinstance(model, nn.Module) else []
+        reps, states = list[Tensor](), list[RandContext]()
+        for chunk in model_inputs:
+            states.append(RandContext(*self.get_input_tensors(chunk), *weights))
+            with self.replicas[id(model)].reducing(False):
+                leaves, _ = self._encode(model, chunk)
+            reps.append(leaves[None].detach())
+        if not reps:
+            raise ValueError("expected a batch of at least one sample, got no chunk")
+        return torch.cat(reps), states
+
+    def build_cache(self, *reps: Tensor, **loss_kwargs: Any) -> tuple[Sequence[Tensor | None], Tensor]:
+        """The gradient of the loss at each representation, times the scaler's scale; the loss, detached."""
+        leaves = [rep.detach().requires_grad_() for rep in reps]
+        with self._autocast(reps[0].device):
+            loss = self.compute_loss(*leaves, **loss_kwargs)
+        checks.check_loss(loss)
+        scaled = self.scaler.scale(loss) if self.fp16 and self.scaler is not None else loss
+        if isinstance(self.loss_fn, GlobalLoss):
+            scaled = max(self.replicas.values(), key=lambda each: each.world_size).scaled(scaled)
+        scaled.sum().backward()
+        return [leaf.grad for leaf in leaves], loss.detach()
+
+    def forward_backward(
+        self,
+        model: Model,
+        model_inputs: Sequence[Inputs],
+        cached_gradients: Sequence[Tensor],
+        random_states: Sequence[AbstractContextManager[Any]],
+        no_sync_except_last: bool = False,
+    ) -> None:
+        """Second pass: each chunk again, from its random states and with a graph, and its gradient into it.
+
+        Raises:
+            ValueError: for chunks and gradients that do not pair up.
+        """
+        checks.check_paired(model_inputs, cached_gradients, random_states)
+        replicas, last = self.replicas[id(model)], len(model_inputs) - 1
+        for number, chunk in enumerate(model_inputs):
+            with replicas.reducing(number == last or not no_sync_except_last):
+                with random_states[number]:
+                    _, replay = self._encode(model, chunk, retain=True)
+                rep, gradient = replay()[None], cached_gradients[number]
+                checks.check_rows(rep, gradient)
+                if not rep.requires_grad:
+                    return  # nothing in this model trains, so no other chunk needs a second pass either
+                replicas.backward([rep], [gradient], sync=number == last)
+
+    def _encode(self, model: Model, chunk: Inputs, retain: bool = False) -> Any:
+        # Inside of `represent`, because the device of the inputs is the caller's business.
+        def represent() -> Tensor:
+            rep = self.get_reps(self.model_call(model, chunk))
+            if not isinstance(rep, Tensor):
+                raise ValueError(
+                    f"expected a tensor as representation, got {type(rep).__name__}: give a get_rep_fn"
+                )
+            return rep
+
+        return encode(represent, {}, device=self._device(model, chunk), retain=retain)
+
+    def _device(self, model: Model, chunk: Inputs) -> torch.device:
+        if isinstance(model, nn.Module):
+            return self.replicas[id(model)].device
+        return next((tensor.device for tensor in self.get_input_tensors(chunk)), torch.device("cpu"))
+
+    def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        return torch.autocast(device.type, torch.float16) if self.fp16 else nullcontext()
