@@ -1,4 +1,4 @@
-"""The models that `vision_train.py` trains: of transformers or timm, or a small ViT, behind a projection head."""
+"""The models that `vision_train.py` trains: of transformers or timm, or a small CNN, behind a projection head."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import timm
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, ViTConfig, ViTImageProcessor, ViTModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, ViTImageProcessor
 
 from gc_accel import VisionEncoder
 from gc_accel.command_line import option
@@ -22,7 +22,7 @@ class ModelArguments:
     model: str | None = option(
         None,
         "Vision model of transformers (hub name or folder, one of this example's included) or 'timm/<name>'. By "
-        "default a small ViT, from scratch, for the built-in data.",
+        "default five convolutions, from scratch, for the built-in data.",
     )
     from_scratch: bool = option(False, "Take the architecture of the model alone.")
     exits: list[str] | None = option(
@@ -47,17 +47,17 @@ class Pixels(NamedTuple):
     processor: Any  # to save with the model; timm has none
 
 
-def small_vit(image_size: int) -> ViTModel:
-    """A ViT of 0.2 M parameters that sees an image as 16 patches."""
-    config = ViTConfig(
-        image_size=image_size,
-        patch_size=image_size // 4,
-        hidden_size=64,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-    )
-    return ViTModel(config, add_pooling_layer=False)
+def small_cnn(width: int = 32) -> nn.Sequential:
+    """Five convolutions, 0.2 M parameters: with a thousand scans, they learn what a ViT would need many more for.
+
+    GroupNorm, as it does not see how images are grouped.
+    """
+    widths, strides = [3, width, width, 2 * width, 2 * width, 4 * width], [1, 2, 1, 2, 1]
+    blocks = [
+        nn.Sequential(nn.Conv2d(before, after, 3, stride, padding=1), nn.GroupNorm(8, after), nn.ReLU())
+        for before, after, stride in zip(widths, widths[1:], strides, strict=False)
+    ]
+    return nn.Sequential(*blocks)
 
 
 def pixels_of(model: str | None, image_size: int | None) -> Pixels:
@@ -77,10 +77,10 @@ def pixels_of(model: str | None, image_size: int | None) -> Pixels:
     return Pixels(size, processor.image_mean, processor.image_std, processor)
 
 
-def fresh_backbone(model: str | None, image_size: int) -> nn.Module:
+def fresh_backbone(model: str | None) -> nn.Module:
     """A model with new weights."""
     if model is None:
-        return small_vit(image_size)
+        return small_cnn()
     if model.startswith(TIMM):
         return timm.create_model(model.removeprefix(TIMM), num_classes=0)
     return AutoModel.from_config(AutoConfig.from_pretrained(model))
@@ -90,7 +90,7 @@ def load_encoder(args: ModelArguments, pixels: Pixels, exits: Sequence[str]) -> 
     """The model behind its head, or heads; `exits` are those of the built-in model."""
     built_in = args.model is None
     asked = {
-        "pooling": args.pooling or ("mean" if built_in else None),
+        "pooling": args.pooling,
         "head": args.head,
         "projection_dim": args.projection_dim,
         "exits": args.exits or (exits if built_in else None),
@@ -98,7 +98,7 @@ def load_encoder(args: ModelArguments, pixels: Pixels, exits: Sequence[str]) -> 
     options: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     options |= {"image_mean": pixels.mean, "image_std": pixels.std, "freeze_backbone": args.freeze_backbone}
     if args.model is None or args.from_scratch:
-        encoder = VisionEncoder(fresh_backbone(args.model, pixels.size), **options)
+        encoder = VisionEncoder(fresh_backbone(args.model), **options)
     else:
         encoder = VisionEncoder.from_pretrained(args.model, **options)
     return encoder

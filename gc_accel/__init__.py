@@ -2,6 +2,7 @@
 
 from gc_accel.arguments import CachedContrastiveArguments
 from gc_accel.encoders import DualEncoder, VisionEncoder
+from gc_accel.equivalence import check_equivalence
 from gc_accel.gradient_cache import GradientCache
 from gc_accel.trainer import CachedContrastiveTrainer
 
@@ -11,4 +12,5 @@ __all__ = [
     "DualEncoder",
     "GradientCache",
     "VisionEncoder",
+    "check_equivalence",
 ]

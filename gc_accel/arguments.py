@@ -15,6 +15,7 @@ class CachedContrastiveArguments(TrainingArguments):
         batch_norm: what to do about BatchNorm in training mode, see `gc_accel/batch_norm.py`.
         sort_by_length: sort the texts of a batch by length before it is cut into chunks.
         chunk_tokens: text tokens, padding included, that a chunk has at most, beside `chunk_size`.
+        check_equivalence: compare a cached with a direct step on the first batch (`gc_accel/equivalence`).
 
     Raises:
         ValueError: for values that would change the objective or cannot work with a cache.
@@ -44,6 +45,13 @@ class CachedContrastiveArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Text tokens, padding included, that a chunk has at most; beside chunk_size. Never the result."
+        },
+    )
+    check_equivalence: bool = field(
+        default=False,
+        metadata={
+            "help": "Compare a cached with a direct step on the first batch, which then has to fit in memory; print "
+            "the report and write it to the output folder."
         },
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps (or a fraction of all) between logs."})

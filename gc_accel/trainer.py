@@ -8,8 +8,9 @@ batches, evaluation over all pairs, and saving in the model's own format.
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -28,12 +29,14 @@ from gc_accel.data import BatchPlan, ChunkedLoader, ImageTextCollator
 from gc_accel.data.padding import padding_is_inert
 from gc_accel.distributed import GlobalLoss, RankedBatch
 from gc_accel.encoders import DualEncoder
+from gc_accel.equivalence import check_equivalence_chunks, representation_drift
 from gc_accel.evaluation import retrieval_metrics
 from gc_accel.gradient_cache import GradientCache
 from gc_accel.losses import LOSSES
 from gc_accel.memory import peak_memory_mib
 
 Representations = dict[str, Tensor]
+DRIFT_TOLERANCE = 1e-3  # relative; the same chunk in the same state is mostly equal to the last bit
 logger = logging.get_logger(__name__)
 
 
@@ -107,6 +110,7 @@ class CachedContrastiveTrainer(Trainer):
         self.loss = LOSSES[loss]() if isinstance(loss, str) else loss
         self.shared: Representations = {}  # the globals of the latest call, for the logs
         model.register_forward_hook(self._note_globals)
+        self.is_first_step = True
         self.last_log: tuple[float, int] | None = None  # time and step, from the first step of a run on
         self.add_callback(StepCallback())
 
@@ -119,17 +123,43 @@ class CachedContrastiveTrainer(Trainer):
         """Leave the gradient of the loss of one batch, a lazy sequence of chunks, on the weights."""
         model.train()
         self.last_log = self.last_log or (time.monotonic(), self.state.global_step)
+        if self.is_first_step:
+            self.is_first_step, inputs = False, self._checked(model, inputs)
         retain: Any = self.args.retain if self.args.retain == "all" else int(self.args.retain)
         self.accelerator.gradient_accumulation_steps = self.current_gradient_accumulation_steps
         policy: Any = self.args.batch_norm
         cache = GradientCache(model, self.loss, self.args.chunk_size, self.accelerator, retain, policy)
         return cache.forward_backward_chunks(inputs) / self.current_gradient_accumulation_steps
 
+    def _checked(self, model: nn.Module, inputs: Iterable[Any]) -> Iterable[Any]:
+        """The chunks of the first batch, after a look at whether they can be trained on exactly."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return inputs  # no rank has the whole encoder
+        chunks = iter(inputs)
+        first = next(chunks)
+        drift = representation_drift(model, first, self.args.device)
+        if not drift <= DRIFT_TOLERANCE:
+            logger.warning(
+                "The encoder gave other representations of the same chunk when it encoded it again (relative "
+                "difference %.1e), so gradients are not exact. Random numbers that are not torch's, or a state that "
+                "each forward changes, do that: --check_equivalence names suspects.",
+                drift,
+            )
+        if not self.args.check_equivalence:
+            return chain([first], chunks)
+        batch = [first, *chunks]
+        options: dict[str, Any] = {"accelerator": self.accelerator, "batch_norm": self.args.batch_norm}
+        report = check_equivalence_chunks(model, self.loss, batch, self.args.chunk_size, **options)
+        if self.is_world_process_zero():
+            print(report)
+            report.save(os.path.join(self.args.output_dir, "equivalence"))
+        return batch
+
     def get_train_dataloader(self) -> DataLoader:
         """A `ChunkedLoader` with as many batches per epoch as `drop_last` leaves of the data set."""
         if self.train_dataset is None:
             raise ValueError("expected a train_dataset, got None: pass one to train")
-        self.last_log = None
+        self.is_first_step, self.last_log = True, None
         texts = getattr(self.train_dataset, "texts", None) if self.args.sort_by_length else None
         plan = BatchPlan(
             len(self.train_dataset),
@@ -243,12 +273,13 @@ class CachedContrastiveTrainer(Trainer):
         return self.loss(**reps, **shared)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add logit scale, throughput and peak memory to the logs of training steps."""
+        """Add logit scale, statistics of the loss, throughput and peak memory to the logs of training steps."""
         if "loss" in logs and self.last_log is not None:
             (then, step), now = self.last_log, time.monotonic()
             steps, self.last_log = self.state.global_step - step, (now, self.state.global_step)
             samples = steps * self.get_total_train_batch_size(self.args)
-            logs |= {name: float(value) for name, value in self.shared.items()}
+            noted = self.shared | getattr(self.loss, "statistics", {})
+            logs |= {name: round(float(value), 4) for name, value in noted.items()}
             logs["samples_per_second"] = round(samples / max(now - then, 1e-9), 1)
             logs["peak_memory_mib"] = round(peak_memory_mib(self.args.device))
         super().log(logs, start_time)

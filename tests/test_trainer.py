@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import CLIPModel, CLIPProcessor, Trainer, TrainingArguments
 
+import gc_accel.trainer as trainer_module
 from gc_accel import CachedContrastiveArguments, CachedContrastiveTrainer, DualEncoder
 from gc_accel.data import (
     HandwrittenNumbers,
@@ -126,7 +127,14 @@ def test_resume_in_the_middle_of_an_epoch_gives_the_same_weights(tmp_path, worke
 
 @pytest.mark.parametrize(
     "options",
-    [{"chunk_size": 8}, {"chunk_size": 1}, {"retain": "0"}, {"retain": "all"}, {"sort_by_length": False}, {"chunk_tokens": 40}],
+    [
+        {"chunk_size": 8},
+        {"chunk_size": 1},
+        {"retain": "0"},
+        {"retain": "all"},
+        {"sort_by_length": False},
+        {"chunk_tokens": 40},
+    ],
 )
 def test_configuration_never_changes_the_training(tmp_path, options):
     reference = make_trainer(tmp_path / "a", optim="sgd", max_grad_norm=0.0, num_train_epochs=1)
@@ -151,10 +159,42 @@ def test_logs_have_what_a_person_looks_for(tmp_path):
         "grad_norm",
         "samples_per_second",
         "peak_memory_mib",
+        "in_batch_r1",
+        "positive_similarity",
+        "negative_similarity",
     } <= set(entry)
     assert entry["logit_scale"] == pytest.approx(40, rel=2e-2)
     assert 1 < entry["loss"] < 4
     assert entry["grad_norm"] > 0
+
+
+def test_the_first_batch_is_checked_on_request_and_training_goes_on_as_without(tmp_path, capsys):
+    plain = make_trainer(tmp_path / "plain", model=clip_model(dropout=0.1))
+    plain.train()
+    assert "against" not in capsys.readouterr().out
+    checked = make_trainer(tmp_path / "checked", model=clip_model(dropout=0.1), check_equivalence=True)
+    checked.train()
+    assert "cached step, batch of 8 in chunks of 3, against" in capsys.readouterr().out
+    report = json.loads((tmp_path / "checked" / "equivalence.json").read_text())
+    assert report["ok"]
+    assert (tmp_path / "checked" / "equivalence.png").stat().st_size > 5000
+    assert not (tmp_path / "plain" / "equivalence.json").exists()
+    for name, value in weights(plain).items():
+        assert torch.equal(value, weights(checked)[name]), name
+
+
+def test_an_encoder_that_changes_its_mind_is_warned_of(tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(trainer_module.logger, "warning", lambda text, *args: warnings.append(text % args))
+    make_trainer(tmp_path / "steady", max_steps=1).train()
+    assert warnings == []
+    model = clip_model()
+    calls = iter(range(10_000))
+    model.visual_projection.register_forward_hook(lambda module, args, output: output * (1 + next(calls) % 2))
+    model.text_projection.register_forward_hook(lambda module, args, output: output + next(calls))
+    make_trainer(tmp_path / "restless", model=model, max_steps=1).train()
+    assert len(warnings) == 1
+    assert "other representations of the same chunk" in warnings[0]
 
 
 def test_evaluation_is_over_all_pairs(tmp_path):
