@@ -43,7 +43,7 @@ def cached_step(encoder, batch, loss, chunk_size):
     return value, taken_gradients(getattr(encoder, "module", encoder))
 
 
-@pytest.mark.parametrize("chunk_size", [1, 3, 64])
+@pytest.mark.parametrize("chunk_size", range(1, 9))
 @pytest.mark.parametrize("kind", ["vit", "resnet, frozen norm", "dinov2", "timm vit"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_cached_gradients_equal_those_of_the_dense_loss(loss, kind, chunk_size):
