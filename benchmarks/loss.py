@@ -4,10 +4,10 @@
     python benchmarks/loss.py --sizes 4096 --memory_sizes      # the first column of the first one, a minute
     python benchmarks/loss.py --one clip 0 262144              # MiB and seconds of a single step, D = 64
 
-Time is counted in products: how many matrix products X Yᵀ of B x B x D, D = 512, take as long on the same
-thread. All contenders take turns in every round, each ratio is taken within its round, and the table has the
-median. Memory is the peak of resident memory, each figure from a process of its own, because that peak never
-falls, beyond what was there before and beyond the representations and their gradients.
+Time is processor time of the one thread, counted in products: how many matrix products X Yᵀ of B x B x D,
+D = 512, take as long. All contenders take turns in every round, each ratio is taken within its round, and the
+table has the median. Memory is the peak of resident memory, each figure from a process of its own, because that
+peak never falls, beyond what was there before and beyond the representations and their gradients.
 """
 
 import argparse
@@ -104,15 +104,15 @@ def steps(size: int) -> dict[str, Step]:
 
 
 def times(size: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each contender in each round."""
+    """Seconds of processor time of each contender in each round."""
     contenders = steps(size)
     found: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):
         for name, step in contenders.items():
-            begin = time.perf_counter()
+            begin = time.thread_time()
             step()
             if number:  # the first round warms up
-                found[name].append(time.perf_counter() - begin)
+                found[name].append(time.thread_time() - begin)
     return found
 
 

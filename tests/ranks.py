@@ -15,7 +15,8 @@ def run_on_ranks(
     fn: Callable[..., Any], world_size: int, folder: Path, *args: Any, timeout: float = 120
 ) -> list[Any]:
     """What `fn(rank, *args)` returned on each rank, inside a process group of that size."""
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")  # whose server imports once for all ranks of all tests
+    context.set_forkserver_preload(["gc_accel", fn.__module__])
     processes = [
         context.Process(target=_run, args=(fn, rank, world_size, str(folder), args), daemon=True)
         for rank in range(world_size)

@@ -9,7 +9,7 @@ A schedule over `encode` (`gc_accel/gradient_cache.py`), cut into the methods th
         forward_backward                of each model; of each chunk: model_call, get_reps, in its random state
 
 Gradients are reduced over ranks once per model and step. What reaches over ranks is the loss: a `GlobalLoss` gets
-the factor of the scaling rule (`gc_accel/distributed.py`) here, any other brings it, as it always had to.
+the factor of the scaling rule (`gc_accel/distributed/replicas.py`) here, any other brings it, as it always had to.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -69,7 +69,7 @@ class SimpleContrastiveLoss:
 class DistributedContrastiveLoss(SimpleContrastiveLoss):
     """The loss of the global batch: the queries of each rank over the candidates of all ranks.
 
-    It brings the factor W of the scaling rule (`gc_accel/distributed.py`) along, because models are reduced by
+    It brings the factor W of the scaling rule (`gc_accel/distributed/replicas.py`) along, because models are reduced by
     DistributedDataParallel, which takes the mean over W ranks: the gradient is that of one process with the whole
     batch, in `GradCache`, under the decorators and without a cache. The published class gives 1/W of it.
     `gc_accel.GradientCache` does both by itself, gathering and scaling: give it `SimpleContrastiveLoss`.
