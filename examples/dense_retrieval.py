@@ -129,6 +129,21 @@ def evaluate(
     return {f"eval_{name}": value for name, value in metrics.items()}
 
 
+def write(
+    output: Path, model: Retriever, state: dict[str, Tensor], tokenizer: Any, log: list[dict], results: dict
+) -> None:
+    """The encoder with its tokenizer, the log, the metrics and the curve; a table on the screen."""
+    model.save_pretrained(output, state)
+    for folder in {output, *model.folders(output).values()}:
+        tokenizer.save_pretrained(folder)
+    (output / "training_log.json").write_text(json.dumps(log, indent=2) + "\n")
+    (output / "all_results.json").write_text(json.dumps(results, indent=2) + "\n")
+    training_curve(log, output / "training_curve.png")
+    for name in ("chance", "tf_idf", "before", "after"):
+        print(f"{name:8}", {key.split("_")[-1]: round(v, 4) for key, v in results[name].items()})
+    print(f"Written to {output}: the encoder, all_results.json, training_log.json, training_curve.png")
+
+
 def main() -> None:
     """Build, train, evaluate, write."""
     (args,) = parse(Arguments)
@@ -177,17 +192,7 @@ def main() -> None:
 
     state = accelerator.get_state_dict(encoder)
     if accelerator.is_main_process:
-        output = Path(args.output_dir)
-        model = accelerator.unwrap_model(encoder)
-        model.save_pretrained(output, state)
-        for folder in {output, *model.folders(output).values()}:
-            tokenizer.save_pretrained(folder)
-        (output / "training_log.json").write_text(json.dumps(log, indent=2) + "\n")
-        (output / "all_results.json").write_text(json.dumps(results, indent=2) + "\n")
-        training_curve(log, output / "training_curve.png")
-        for name in ("chance", "tf_idf", "before", "after"):
-            print(f"{name:8}", {key.split("_")[-1]: round(v, 4) for key, v in results[name].items()})
-        print(f"Written to {output}: the encoder, all_results.json, training_log.json, training_curve.png")
+        write(Path(args.output_dir), accelerator.unwrap_model(encoder), state, tokenizer, log, results)
     accelerator.end_training()
 
 

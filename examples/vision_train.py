@@ -237,7 +237,7 @@ def main() -> None:
     trainer = CachedContrastiveTrainer(
         encoder,
         args,
-        loss=LOSSES[loss_args.loss](loss_args.temperature or recipe.temperature),
+        loss=LOSSES[loss_args.loss](temperature=loss_args.temperature or recipe.temperature),
         train_dataset=MultiViewDataset(train_set, transform, seed=args.data_seed or args.seed),
         eval_dataset=MultiViewDataset(test_set, transform),
         processing_class=pixels.processor,

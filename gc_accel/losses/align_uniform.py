@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gc_accel.distributed import GlobalLoss, RankedBatch
 from gc_accel.losses import statistics
-from gc_accel.losses.inputs import check_size, check_views, full_precision
+from gc_accel.losses.inputs import sample_views
 from gc_accel.losses.pairs import Pairs
 from gc_accel.losses.streaming import logsumexp_over_pairs
 from gc_accel.losses.tiling import DEFAULT_TILE_BUDGET
@@ -61,10 +61,7 @@ class AlignUniformLoss(GlobalLoss):
         Raises:
             ValueError: for another shape, and for a global batch of a single sample.
         """
-        check_views(views, at_least=2, at_most=2)
-        (views,) = full_precision(views)
-        batch = RankedBatch(len(views), views.device, self.process_group)
-        check_size(batch.total, "AlignUniformLoss")
+        views, batch = sample_views(self, views, at_most=2)
         candidates = batch.gather(views)
         self.statistics = statistics.of_samples(candidates)
         distance = torch.linalg.vector_norm(views[:, 0] - views[:, 1], dim=1)

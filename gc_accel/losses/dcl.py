@@ -6,7 +6,7 @@ from torch import Tensor
 
 from gc_accel.distributed import GlobalLoss, RankedBatch
 from gc_accel.losses import statistics
-from gc_accel.losses.inputs import check_size, check_views, full_precision
+from gc_accel.losses.inputs import sample_views
 from gc_accel.losses.pairs import Pairs
 from gc_accel.losses.streaming import logsumexp_over_pairs
 from gc_accel.losses.tiling import DEFAULT_TILE_BUDGET
@@ -54,10 +54,7 @@ class DCLLoss(GlobalLoss):
         Raises:
             ValueError: for another shape, and for a global batch of a single sample.
         """
-        check_views(views, at_least=2, at_most=self.most_views)
-        (views,) = full_precision(views)
-        batch = RankedBatch(len(views), views.device, self.process_group)
-        check_size(batch.total, type(self).__name__)
+        views, batch = sample_views(self, views, at_most=self.most_views)
         candidates, count = batch.gather(views), views.shape[1]
         samples = torch.arange(batch.total, device=views.device)
         own, samples = (each.repeat_interleave(count) for each in (samples[batch.own], samples))

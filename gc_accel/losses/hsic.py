@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gc_accel.distributed import GlobalLoss, RankedBatch
-from gc_accel.losses.inputs import check_size, check_views, full_precision
+from gc_accel.distributed import GlobalLoss
+from gc_accel.losses.inputs import sample_views
 from gc_accel.losses.moments import squared_cross_moment
 
 
@@ -71,10 +71,7 @@ class HSICLoss(GlobalLoss):
         Raises:
             ValueError: for another shape, and for a global batch of a single sample.
         """
-        check_views(views, at_least=2)
-        (views,) = full_precision(views)
-        batch = RankedBatch(len(views), views.device, self.process_group)
-        check_size(batch.total, "HSICLoss")
+        views, batch = sample_views(self, views)
         if not self.redraw:
             self.generator.manual_seed(self.seed)
         first, second = (random_features(views, self.generator, self.features, self.scale) for _ in range(2))

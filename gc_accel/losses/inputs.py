@@ -5,6 +5,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from gc_accel.distributed import RankedBatch
+
 
 def check_pairs(
     image: Tensor, text: Tensor, labels: Tensor | None = None, negatives: Tensor | None = None
@@ -50,7 +52,21 @@ def check_option(name: str, value: str, allowed: Any) -> None:
         raise ValueError(f"expected {name} to be one of {get_args(allowed)}, got {value!r}")
 
 
-def check_size(total: int, loss: str) -> None:
-    """Raise ValueError for a global batch of fewer than two samples, where nothing is to be contrasted."""
-    if total < 2:
-        raise ValueError(f"expected at least 2 samples in the global batch of {loss}, got {total}")
+def sample_views(loss: Any, views: Tensor, *, at_most: int | None = None) -> tuple[Tensor, RankedBatch]:
+    """At least two views of each sample in full precision, and the global batch that they are part of.
+
+    Raises ValueError for another shape, and for a global batch of a single sample, where nothing is to be
+    contrasted.
+
+    Args:
+        loss: has a `process_group`.
+        views: `(B, V, D)`, of this rank.
+        at_most: largest V.
+    """
+    check_views(views, at_least=2, at_most=at_most)
+    (views,) = full_precision(views)
+    batch = RankedBatch(len(views), views.device, loss.process_group)
+    if batch.total < 2:
+        name = type(loss).__name__
+        raise ValueError(f"expected at least 2 samples in the global batch of {name}, got {batch.total}")
+    return views, batch

@@ -4,8 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gc_accel.distributed import GlobalLoss, RankedBatch
-from gc_accel.losses.inputs import check_size, check_views, full_precision
+from gc_accel.distributed import GlobalLoss
+from gc_accel.losses.inputs import sample_views
 from gc_accel.losses.moments import squared_similarities
 
 
@@ -39,10 +39,8 @@ class SpectralLoss(GlobalLoss):
         Raises:
             ValueError: for another shape, and for a global batch of a single sample.
         """
-        check_views(views, at_least=2, at_most=2)
-        (views,) = full_precision(views)
-        batch = RankedBatch(len(views), views.device, self.process_group)
-        check_size(total := batch.total, "SpectralLoss")
+        views, batch = sample_views(self, views, at_most=2)
+        total = batch.total
         radius = self.mu**0.5
         views = views * (radius / torch.linalg.vector_norm(views, dim=2, keepdim=True).clamp(min=radius))
         first, second = views.unbind(1)

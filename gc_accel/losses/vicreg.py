@@ -3,8 +3,8 @@
 import torch.distributed as dist
 from torch import Tensor
 
-from gc_accel.distributed import GlobalLoss, RankedBatch
-from gc_accel.losses.inputs import check_size, check_views, full_precision
+from gc_accel.distributed import GlobalLoss
+from gc_accel.losses.inputs import sample_views
 from gc_accel.losses.moments import centred, squared_cross_moment
 
 
@@ -50,10 +50,8 @@ class VICRegLoss(GlobalLoss):
         Raises:
             ValueError: for another shape, and for a global batch of a single sample.
         """
-        check_views(views, at_least=2, at_most=2)
-        (views,) = full_precision(views)
-        batch = RankedBatch(len(views), views.device, self.process_group)
-        check_size(total := batch.total, "VICRegLoss")
+        views, batch = sample_views(self, views, at_most=2)
+        total = batch.total
         dim = views.shape[2]
         distance = batch.sum((views[:, 0] - views[:, 1]).square().sum()) / (total * dim)
         views = centred(views, batch)
