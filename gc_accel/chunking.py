@@ -2,8 +2,9 @@
 
 An encoder's inputs are a tensor, a list of inputs, a mapping (`dict`, `BatchEncoding`, `UserDict`) or a
 tuple of a list and a mapping. Every tensor in them has the batch as its first dimension; a list of plain
-values, such as captions, holds one value per sample. Anything else (`None`, a flag, a 0-d tensor) belongs
-to the whole batch and goes into every chunk.
+values, such as captions, holds one value per sample; of a `Packed` value, such as the patches of images of any
+size, a sample has several rows or none. Anything else (`None`, a flag, a 0-d tensor) belongs to the whole batch
+and goes into every chunk.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from gc_accel.packing import Packed, unpacked
 
 Inputs = Any
 
@@ -29,7 +32,8 @@ def batch_size(inputs: Inputs) -> int:
     if len(set(lengths.values())) > 1:
         found = ", ".join(f"{path} has {length}" for path, length in lengths.items())
         raise ValueError(
-            f"expected the same number of samples in every input, got: {found}. Pair them up first"
+            f"expected the same number of samples in every input, got: {found}. Pair them up first, or mark "
+            "those of which a sample has several rows (gc_accel.packing.pack)"
         )
     return next(iter(lengths.values()))
 
@@ -38,12 +42,29 @@ def slice_inputs(inputs: Inputs, start: int, stop: int) -> Inputs:
     """Samples `start` to `stop` of nested inputs, as views, in the same structure."""
     if isinstance(inputs, Tensor):
         return inputs[start:stop] if inputs.ndim else inputs
+    if isinstance(inputs, Packed):
+        return inputs.cut(start, stop)
     if isinstance(inputs, Mapping):
         return {key: slice_inputs(value, start, stop) for key, value in inputs.items()}
     if isinstance(inputs, (list, tuple)):
         if _is_container(inputs):
             return type(inputs)(slice_inputs(value, start, stop) for value in inputs)
         return inputs[start:stop]
+    return inputs
+
+
+def select(inputs: Inputs, indices: Sequence[int]) -> Inputs:
+    """Some samples of nested inputs, in the order given, as copies, in the same structure."""
+    if isinstance(inputs, Tensor):
+        return inputs[list(indices)] if inputs.ndim else inputs
+    if isinstance(inputs, Packed):
+        return inputs.select(indices)
+    if isinstance(inputs, Mapping):
+        return {key: select(value, indices) for key, value in inputs.items()}
+    if isinstance(inputs, (list, tuple)):
+        if _is_container(inputs):
+            return type(inputs)(select(value, indices) for value in inputs)
+        return [inputs[index] for index in indices]
     return inputs
 
 
@@ -76,6 +97,8 @@ def concatenate(parts: Sequence[Inputs]) -> Inputs:
     """Join per-sample values, tensors along their first dimension and lists end to end; keep any other value."""
     if isinstance(parts[0], Tensor) and parts[0].ndim:
         return torch.cat(list(parts))
+    if isinstance(parts[0], Packed):
+        return Packed.join(parts)
     if isinstance(parts[0], (list, tuple)):
         return [value for part in parts for value in part]
     return parts[0]
@@ -85,8 +108,9 @@ def call(fn: Callable[..., Any], inputs: Inputs) -> Any:
     """Call `fn` in the way that the structure of its inputs asks for.
 
     A mapping goes in by keyword, a list or tuple of inputs by position, a tuple of a list and a mapping by
-    both, anything else, such as a list of captions, as the single argument.
+    both, anything else, such as a list of captions, as the single argument. Packed inputs go in as tensors.
     """
+    inputs = unpacked(inputs)
     if isinstance(inputs, Mapping):
         return fn(**inputs)
     if isinstance(inputs, tuple) and len(inputs) == 2 and isinstance(inputs[0], list):
@@ -113,13 +137,15 @@ def unnamed(outputs: Mapping[Any, Tensor]) -> Any:
 
 
 def _is_container(values: Sequence[Any]) -> bool:
-    return any(isinstance(value, (Tensor, Mapping)) for value in values)
+    return any(isinstance(value, (Tensor, Mapping, Packed)) for value in values)
 
 
 def _lengths(inputs: Inputs, path: str) -> Iterator[tuple[str, int]]:
     if isinstance(inputs, Tensor):
         if inputs.ndim:
             yield path, len(inputs)
+    elif isinstance(inputs, Packed):
+        yield path, len(inputs.counts)
     elif isinstance(inputs, Mapping):
         for key, value in inputs.items():
             yield from _lengths(value, f"{path}[{key!r}]")

@@ -5,7 +5,7 @@
     again(reps)                                     for every chunk: second pass, with its cached gradient
 
 The names, arguments and order are those of the GradCache package (Gao et al. 2021, arXiv 2101.06983). Each call
-is one call of `encode` in `gradient_cache.py`, so the random draws of the CPU and of the device are replayed.
+is one call of `encode` in `encoding.py`, so the random draws of the CPU and of the device are replayed.
 
 Under DistributedDataParallel call all but the last `again` inside `no_sync()`, and hand W times the loss of the
 global batch to `backward`, because the mean over W ranks is where the chain rule wants the sum: the rule stands
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from gc_accel.distributed import RankedBatch
-from gc_accel.gradient_cache import encode
+from gc_accel.encoding import encode
 
 
 def cached(func: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:

@@ -21,47 +21,25 @@ The joint call takes a slice of the first chunk through all streams and globals.
 it comes last and touches every parameter that trains; half a chunk of several streams does not set the peak.
 """
 
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
-from typing import Any, Literal
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor
 
+from gc_accel.accumulation import accumulate, is_accumulated, move_state
 from gc_accel.batch_norm import BatchNorms, Policy
-from gc_accel.chunking import Inputs, batch_size, call, concatenate, named, slice_inputs, split, split_streams
-from gc_accel.distributed import Piece, Replicas, Turn, without_rows
+from gc_accel.chunk_size import ChunkSize, ChunkSizes
+from gc_accel.chunking import Inputs, concatenate, split
+from gc_accel.distributed import Replicas, without_rows
+from gc_accel.encoding import Encoded, by_name, encode, encode_together
 from gc_accel.numerics import check_finite
-from gc_accel.rng import RngState
-
-Named = dict[Any, Tensor]
-Encoded = tuple[Named, Callable[[], Named]]  # leaves, which hold the cached gradients after the loss; replay
-
-
-def encode(fn: Callable[..., Any], chunk: Inputs, *, device: torch.device, retain: bool = False) -> Encoded:
-    """Encode a chunk now and be ready to encode it again: the primitive under every schedule.
-
-    Returns its outputs as leaves in float32 (float64 stays), and `replay`, which gives them again with a graph
-    from the same RNG state. `retain` keeps the graph of this pass for it.
-    """
-
-    def run() -> Named:
-        outputs = named(call(fn, send_to_device(chunk, device, non_blocking=True)))
-        return {key: out if out.dtype == torch.float64 else out.float() for key, out in outputs.items()}
-
-    state = RngState.current(device)
-    with torch.set_grad_enabled(retain):
-        outputs = run()
-    drew = not state.is_current()
-
-    def replay() -> Named:
-        with torch.enable_grad(), state.replayed() if drew else nullcontext():
-            return outputs if retain else run()
-
-    return {name: output.detach().requires_grad_() for name, output in outputs.items()}, replay
+from gc_accel.recovery import with_recovery
+from gc_accel.retention import Retain, Retention
+from gc_accel.schedule import Block, FirstPass, Rows
 
 
 class GradientCache:
@@ -71,9 +49,13 @@ class GradientCache:
         encoder: any callable from a chunk to a tensor, tuple or mapping of representations, prepared or not.
         loss_fn: any callable on representations, in the structure that the encoder returns; on several ranks
             it sees the whole batch, but for a `GlobalLoss`, which reaches over ranks by itself at less cost.
-        chunk_size: samples that the encoder sees at once, for all streams or by stream.
+        chunk_size: samples that the encoder sees at once, for all streams or by stream; "auto": as many as fit.
         accelerator: the one that prepared the encoder (precision, scaler, accumulation, reduction).
-        retain: how many chunks of the costliest stream keep the graph of their first pass, or "all".
+        retain: how many chunks of the costliest stream keep the graph of their first pass, "all", or "auto":
+            as many as `memory_budget` allows.
+        memory_budget: what "auto" may use: bytes, or up to 1 a fraction of the device's memory.
+        forward_chunk_size: samples of a call of the first pass, where it draws no random numbers; by default
+            a chunk, and four of them on an accelerator.
         batch_norm: what to do about BatchNorm in training mode: "error", "frozen" or "ghost".
     """
 
@@ -81,10 +63,13 @@ class GradientCache:
         self,
         encoder: Callable[..., Any],
         loss_fn: Callable[..., Tensor],
-        chunk_size: int | Mapping[str, int] = 16,
+        chunk_size: ChunkSize = 16,
         accelerator: Accelerator | None = None,
-        retain: int | Literal["all"] = 1,
+        retain: Retain = 1,
         batch_norm: Policy = "error",
+        *,
+        memory_budget: float | None = None,
+        forward_chunk_size: int | None = None,
     ) -> None:
         self.encoder, self.loss_fn = encoder, loss_fn
         self.replicas = Replicas(encoder, accelerator)
@@ -92,97 +77,102 @@ class GradientCache:
         self.batch_norms = BatchNorms(self.model, batch_norm)
         self.streams: Mapping[Any, Iterable[str]] = getattr(self.model, "streams", {None: ()})
         self.global_names: frozenset[Any] = frozenset(getattr(self.model, "global_names", ()))
-        sizes = chunk_size if isinstance(chunk_size, Mapping) else dict.fromkeys(self.streams, chunk_size)
-        if set(sizes) != set(self.streams) or min(sizes.values()) < 1:
-            raise ValueError(f"expected chunks of at least 1 sample of {[*self.streams]}, got {chunk_size}")
-        if retain != "all" and (isinstance(retain, str) or retain < 0):
-            raise ValueError(f'expected retain to be "all" or a number of chunks from 0, got {retain!r}')
-        self.chunk_sizes, self.retain = dict(sizes), float("inf") if retain == "all" else retain
+        if self.replicas.sharded or batch_norm == "ghost":  # calls count, or the statistics of each
+            forward_chunk_size = 1
+        self.sizes = ChunkSizes(chunk_size, forward_chunk_size, memory_budget, self.streams, self.replicas)
+        self.retention = Retention(retain, memory_budget, self.replicas)
+
+    @property
+    def chunk_sizes(self) -> dict[Any, int]:
+        """Samples that the encoder sees at once, by stream; fewer after memory has run out."""
+        return self.sizes.chunks
 
     def forward_backward(self, batch: Inputs, **loss_kwargs: Any) -> Tensor:
-        """Like `forward_backward_chunks`, for a batch that is already whole."""
+        """Like `forward_backward_chunks`, for a batch that is whole."""
+        self.sizes.settle(batch)
         return self.forward_backward_chunks(split(batch, max(self.chunk_sizes.values())), **loss_kwargs)
 
     def forward_backward_chunks(self, chunks: Iterable[Inputs], **loss_kwargs: Any) -> Tensor:
         """Add the gradient of the loss of one batch to the weights; the optimizer step is the caller's.
 
         Chunks are read lazily; tensors in `loss_kwargs` are per-sample. Returns the loss of the global batch,
-        0-d, detached. Raises ValueError, before any gradient has changed, for inputs that do not pair up,
-        BatchNorm in training mode, NaN, and a loss that ignores a representation.
+        0-d, detached. A step that runs out of memory is made again with half the chunk (`recovery.py`). Raises
+        ValueError, before any gradient has changed, for inputs that do not pair up, BatchNorm in training mode,
+        NaN, and a loss that ignores a representation.
         """
+        return with_recovery(self, chunks, loss_kwargs)
+
+    def step(self, chunks: Iterable[Inputs], loss_kwargs: Mapping[str, Any]) -> Tensor:
+        """The step itself, which leaves things half done when memory runs out."""
+        if is_accumulated(self.loss_fn):  # needs less than a cache
+            return accumulate(self, chunks, loss_kwargs)
         self.batch_norms.begin_step()
         frozen = getattr(self.model, "frozen_streams", ())
         trained = [name for name in self.streams if name not in frozen] or list(self.streams)
-        joint, extras = dict[Any, Inputs](), defaultdict[str, list[Any]](list)
+        limits = self.retention.limits(trained, self.streams, self.chunk_sizes)
+        schedule = FirstPass(self.sizes.chunks, self.sizes.calls, limits, nominal=self.replicas.sharded)
+        joint, extras = dict[Any, Rows](), defaultdict[str, list[Any]](list)
         retained, again = list[Encoded](), list[Encoded]()
-        turns = self.replicas.aligned(self._pieces(chunks, trained, joint, extras), joint, self.streams)
-        for (stream, inputs, counts), keep in self._look_ahead(turns, trained[0]):
+        cut = schedule.turns(chunks, self.streams, trained, joint, extras)
+        turns = self.replicas.aligned(cut, joint, self.streams)
+        for block in schedule.blocks(turns):
             with self.replicas.reducing(False):
-                encoded = self._encode({stream: inputs}, keep)
-            leaves, replay = encoded if counts else without_rows(*encoded)
-            leaves = {name: leaf.requires_grad_(stream in trained) for name, leaf in leaves.items()}
-            (retained if keep else again).append((leaves, replay))
+                encoded = self._encode_block(block)
+            for turn, each in zip(block.turns, encoded, strict=True):
+                leaves, replay = each if turn.counts else without_rows(each)
+                leaves = {name: leaf.requires_grad_(turn.stream in trained) for name, leaf in leaves.items()}
+                (retained if block.retain else again).append(Encoded(leaves, replay))
         if not joint:
             raise ValueError("expected a batch of at least one sample, got none")
-        everything = not again and len(retained) < self.retain
+        everything = schedule.has_room(joint, trained) and not again
         with self.replicas.reducing(everything):
-            last = self._encode(joint, everything)
+            last = self._encode({name: rows.inputs for name, rows in joint.items()}, everything)
+        self.replicas.agreement.check()
         if twice := loss_kwargs.keys() & extras:
             raise ValueError(f"expected {sorted(twice)} in the chunks or by keyword, got both")
-        loss_kwargs |= send_to_device({k: concatenate(v) for k, v in extras.items()}, self.replicas.device)
+        joined = {name: concatenate(values) for name, values in extras.items()}
+        loss_kwargs = {**loss_kwargs, **send_to_device(joined, self.replicas.device)}
         loss = self._cache_gradients(last, again + retained, loss_kwargs)
         with self.replicas.second_pass():
             for each in () if everything else retained + again:
                 self._push([each], sync=False)
-            self._push([*retained, last] if everything else [last], sync=True)  # one by one: ranks unsynced
+            with self.replicas.synced_call():  # with all that was retained: one by one leaves ranks unsynced
+                self._push([*retained, last] if everything else [last], sync=True)
+        self.retention.decide({name: schedule.samples[name] for name in trained})
+        move_state(self.loss_fn, [last, *again, *retained])
         return loss
 
-    def _pieces(self, chunks: Iterable[Inputs], trained: list, joint: dict, extras: dict) -> Iterator[Piece]:
-        """Cut chunks to size, stream by stream; set the inputs of the joint call and of the loss aside."""
-        smallest = min(self.chunk_sizes[name] for name in trained)
-        for chunk in chunks:
-            size, (parts, unfed) = batch_size(chunk), split_streams(chunk, self.streams)
-            head = 0 if joint else min(size, smallest if len(trained) == 1 else (smallest + 1) // 2)
-            if not joint:
-                joint |= {name: slice_inputs(parts[name], 0, head) for name in trained}
-            for name, part in parts.items():
-                start = head if name in trained else 0
-                if start < size:
-                    rest = split(slice_inputs(part, start, size), self.chunk_sizes[name])
-                    yield from ((name, piece) for piece in rest)
-            for key, value in unfed.items():
-                extras[key].append(value)
-
-    def _look_ahead(self, turns: Iterable[Turn], costliest: Any) -> Iterator[tuple[Turn, bool]]:
-        """Say of each turn whether to retain its graph: of the last `retain` of the costliest stream."""
-        held = deque[Turn]()
-        for turn in turns:
-            held.append(turn)
-            while sum(name == costliest for name, *_ in held) > self.retain:
-                yield held.popleft(), False
-            if self.retain == float("inf"):
-                yield held.popleft(), True
-        yield from ((turn, turn[0] == costliest) for turn in held)
+    def _encode_block(self, block: Block) -> list[Encoded]:
+        """First pass of adjacent chunks of one stream: in one call, if it keeps no graph."""
+        stream = block.turns[0].stream
+        parts = [{stream: turn.rows.inputs} for turn in block.turns]
+        if len(parts) > 1:
+            fn, device = self.retention.metered([stream], self.encoder), self.replicas.device
+            whole, *chunks = (each.get(None, each) for each in ({stream: block.inputs}, *parts))
+            if encoded := encode_together(fn, whole, chunks, device=device, shared=self.global_names):
+                return encoded
+            self.sizes.calls[stream] = self.sizes.chunks[stream]  # random draws: one by one from now on
+        return [self._encode(part, block.retain) for part in parts]
 
     def _encode(self, parts: dict[Any, Inputs], retain: bool) -> Encoded:
-        return encode(self.encoder, parts.get(None, parts), device=self.replicas.device, retain=retain)
+        fn = self.retention.metered(parts, self.encoder)
+        return encode(fn, parts.get(None, parts), device=self.replicas.device, retain=retain)
 
     def _cache_gradients(self, last: Encoded, calls: list[Encoded], loss_kwargs: dict[str, Any]) -> Tensor:
         """Leave the gradient of the loss in the leaves of all calls, globals in the last; return the loss."""
-        parts = defaultdict[Any, list[Tensor]](list)
-        for leaves, _ in (last, *calls):
-            for name in leaves:
-                parts[name].append(leaves[name])
+        parts = by_name([last, *calls])
         shared = {name: parts.pop(name)[0] for name in self.global_names}
-        with torch.enable_grad(), torch.autocast(self.replicas.device.type, enabled=False):
+        together = self.replicas.agreement.before_each_collective()
+        with together, torch.enable_grad(), torch.autocast(self.replicas.device.type, enabled=False):
             reps = {name: torch.cat(leaves) for name, leaves in parts.items()}
             loss = self.replicas.global_loss(self.loss_fn, reps, shared, loss_kwargs)
             if loss.numel() != 1 or not loss.requires_grad:
                 raise ValueError(f"expected a scalar loss of the representations, got {loss}")
             check_finite(loss, reps)
             self.replicas.scaled(loss).sum().backward()
-        ignored = [name for name, (leaf, *_) in parts.items() if leaf.requires_grad and leaf.grad is None]
-        if ignored:
+        if ignored := [
+            name for name, (leaf, *_) in parts.items() if leaf.requires_grad and leaf.grad is None
+        ]:
             raise ValueError(f"expected a loss of every representation, got one that ignores {ignored}")
         return loss.detach().reshape(())
 

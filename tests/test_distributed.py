@@ -13,6 +13,7 @@ from gc_accel import GradientCache
 from gc_accel.distributed import RankedBatch
 from gc_accel.distributed.alignment import align
 from gc_accel.losses import CLIPLoss, SigLIPLoss, dense
+from gc_accel.schedule import Turn
 from tests.comparing import assert_equal, gradients
 from tests.models import dual_encoder, image_text_batch
 from tests.ranks import run_on_ranks
@@ -174,7 +175,7 @@ def turns_of(rank, pieces):
         joint.update({"image": 0, "text": 0} if pieces else {})
         for piece in pieces:
             read.append(piece)
-            yield piece
+            yield Turn(*piece)
 
     joint, turns = {}, []
     try:

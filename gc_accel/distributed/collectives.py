@@ -9,16 +9,30 @@ A loss built of these returns the same number on every rank and leaves on each t
 with respect to what this rank handed in. How those become gradients of weights: see `replicas`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gc_accel.distributed.agreement import current_check
+
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
     """Number of ranks in `group` (`None`: the default group; 1 where none is initialised)."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def lowest(
+    numbers: Sequence[float], device: torch.device, group: dist.ProcessGroup | None = None
+) -> list[float]:
+    """Of each number the lowest that a rank hands in."""
+    if world_size(group) == 1:
+        return list(numbers)
+    found = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MIN, group=group)
+    return found.tolist()
 
 
 class _AllGather(torch.autograd.Function):
@@ -31,6 +45,8 @@ class _AllGather(torch.autograd.Function):
         padded = rows.new_zeros(longest, *rows.shape[1:])
         padded[: len(rows)] = rows
         gathered = rows.new_empty(longest * len(sizes), *rows.shape[1:])
+        ctx.check = current_check()
+        ctx.check()
         dist.all_gather_into_tensor(gathered, padded, group=group)
         if min(sizes) == longest:
             return gathered
@@ -44,6 +60,7 @@ class _AllGather(torch.autograd.Function):
         for slot, part in zip(padded, grad.split(ctx.sizes), strict=True):
             slot[: len(part)] = part
         own = grad.new_empty(longest, *grad.shape[1:])
+        ctx.check()
         dist.reduce_scatter_tensor(own, padded.flatten(0, 1), group=ctx.group)
         return own[: ctx.sizes[dist.get_rank(ctx.group)]], None, None
 
@@ -54,6 +71,7 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, share: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         total = share.clone()
+        current_check()()
         dist.all_reduce(total, group=group)
         return total
 
@@ -68,8 +86,11 @@ class _LogSumExpOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, partial: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         highest = partial.clone()
+        ctx.check = current_check()
+        ctx.check()
         dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
         total = (partial - highest).exp()
+        ctx.check()
         dist.all_reduce(total, group=group)
         total = total.log_().add_(highest)
         ctx.save_for_backward(partial, total)
@@ -80,6 +101,7 @@ class _LogSumExpOverRanks(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         partial, total = ctx.saved_tensors
         grad = grads[0].clone()
+        ctx.check()
         dist.all_reduce(grad, group=ctx.group)
         return grad * (partial - total).exp(), None
 
@@ -100,7 +122,9 @@ class RankedBatch:
         self.start = 0
         if world_size(group) > 1:
             counts = torch.empty(world_size(group), dtype=torch.long, device=device)
-            dist.all_gather_into_tensor(counts, torch.tensor([rows], device=device), group=group)
+            own = torch.tensor([rows], device=device)
+            current_check()()
+            dist.all_gather_into_tensor(counts, own, group=group)
             self.sizes = counts.tolist()
             self.start = sum(self.sizes[: dist.get_rank(group)])
         self.total = sum(self.sizes)

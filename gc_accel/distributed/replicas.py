@@ -31,9 +31,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from gc_accel.chunking import Inputs, call, unnamed
-from gc_accel.distributed.alignment import Piece, Turn, align
-from gc_accel.distributed.collectives import GlobalLoss, RankedBatch, world_size
+from gc_accel.chunking import call, unnamed
+from gc_accel.distributed.agreement import Agreement, PeerOutOfMemory
+from gc_accel.distributed.alignment import align
+from gc_accel.distributed.collectives import GlobalLoss, RankedBatch, lowest, world_size
+from gc_accel.schedule import Rows, Turn
 
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
@@ -59,8 +61,10 @@ class Replicas:
             raise ValueError("expected the accelerator that prepared the sharded encoder, got None: pass it")
         self.encoder: Any = encoder
         self.model: Any = encoder  # without what wraps it
+        self.parameters, self.buffers = list[Tensor](), list[Tensor]()
         if isinstance(encoder, nn.Module):
             self.model = extract_model_from_parallel(encoder, keep_torch_compile=False)
+            self.parameters, self.buffers = list(self.model.parameters()), list(self.model.buffers())
         prepared = [self.model]
         if accelerator is not None and accelerator.num_processes > 1:
             prepared = accelerator._models
@@ -76,17 +80,35 @@ class Replicas:
             self.device = accelerator.device
         else:
             self.world_size = world_size(self.group) if isinstance(encoder, DistributedDataParallel) else 1
-            parameters = encoder.parameters() if isinstance(encoder, nn.Module) else iter(())
-            self.device = next((p.device for p in parameters), torch.device("cpu"))
+            self.device = next((each.device for each in self.parameters), torch.device("cpu"))
+        sharding = accelerator is not None and accelerator.distributed_type in SHARDING
+        self.sharded = sharding and self.world_size > 1
+        self.agreement = Agreement(self.device, self.group, self.world_size)
+        self.is_syncing = False  # in the call in which ranks reduce: there is no way back
 
     def aligned(
-        self, pieces: Iterable[Piece], first: Mapping[Any, Inputs], streams: Iterable[Any]
-    ) -> Iterator[Turn]:
-        """Pieces, each with whether its rows count: none of those do that keep sharded ranks in step."""
-        sharding = self.accelerator is not None and self.accelerator.distributed_type in SHARDING
-        if sharding and self.world_size > 1:
-            return align(pieces, first, list(streams), self.device)
-        return ((stream, inputs, True) for stream, inputs in pieces)
+        self, turns: Iterable[Turn], first: Mapping[Any, Rows], streams: Iterable[Any]
+    ) -> Iterable[Turn]:
+        """Turns, among them those that keep sharded ranks in step, whose rows do not count."""
+        return align(turns, first, list(streams), self.device) if self.sharded else turns
+
+    def lowest(self, numbers: Sequence[float]) -> list[float]:
+        """Of each number the lowest that a rank hands in."""
+        return lowest(numbers, self.device, self.group) if self.world_size > 1 else list(numbers)
+
+    def is_lost(self, error: Exception) -> bool:
+        """Whether ranks cannot get out of a step together, in which one has run out of memory.
+
+        If they can, all of them know of it afterwards.
+        """
+        if self.sharded or self.is_syncing:
+            return True
+        if not isinstance(error, PeerOutOfMemory):
+            self.agreement.report()
+        if isinstance(self.encoder, DistributedDataParallel):
+            # The first forward of a step broadcasts buffers: again on all ranks, or on none.
+            self.encoder.require_forward_param_sync = True
+        return False
 
     def global_loss(
         self,
@@ -134,6 +156,14 @@ class Replicas:
         if isinstance(self.encoder, DistributedDataParallel) and not sync:
             return self.encoder.no_sync()
         return nullcontext()
+
+    @contextmanager
+    def synced_call(self) -> Iterator[None]:
+        """The one call of a step that reduces: all ranks enter it, or none."""
+        self.agreement.check()
+        self.is_syncing = self.world_size > 1
+        yield
+        self.is_syncing = False
 
     def backward(self, outputs: Sequence[Tensor], grads: Sequence[Tensor], *, sync: bool) -> None:
         """Push cached gradients through the graph of one call (or of several at once), if it has any."""

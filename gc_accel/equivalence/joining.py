@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gc_accel.chunking import Inputs
+from gc_accel.packing import Packed
 
 
 def join(chunks: Sequence[Inputs], path: str = "batch") -> tuple[Inputs, list[str]]:
@@ -19,13 +20,15 @@ def join(chunks: Sequence[Inputs], path: str = "batch") -> tuple[Inputs, list[st
     first = chunks[0]
     if isinstance(first, Tensor) and first.ndim:
         return _join_tensors(chunks, path)
+    if isinstance(first, Packed):
+        return Packed.join(chunks), []
     if isinstance(first, Mapping):
         parts = {key: join([chunk[key] for chunk in chunks], f"{path}[{key!r}]") for key in first}
         return {key: part for key, (part, _) in parts.items()}, [
             p for _, found in parts.values() for p in found
         ]
     if isinstance(first, (list, tuple)):
-        if not any(isinstance(value, (Tensor, Mapping)) for value in first):
+        if not any(isinstance(value, (Tensor, Mapping, Packed)) for value in first):
             return [value for chunk in chunks for value in chunk], []
         columns = [join(column, f"{path}[{i}]") for i, column in enumerate(zip(*chunks, strict=True))]
         return type(first)(part for part, _ in columns), [p for _, found in columns for p in found]

@@ -19,7 +19,8 @@ from gc_accel.equivalence.errors import Gradients, order, representation_error
 from gc_accel.equivalence.graph import leaves_and_nodes
 from gc_accel.equivalence.joining import join
 from gc_accel.equivalence.state import State
-from gc_accel.gradient_cache import Encoded, GradientCache, Named
+from gc_accel.encoding import Encoded, Named
+from gc_accel.gradient_cache import GradientCache
 
 
 class WatchedCache(GradientCache):
@@ -32,6 +33,7 @@ class WatchedCache(GradientCache):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.sizes.calls = self.sizes.chunks  # one call for each chunk, to be noted
         self.calls: list[dict[Any, Inputs]] = []
         self.drift = 0.0
 
@@ -44,7 +46,7 @@ class WatchedCache(GradientCache):
             self.drift = max(self.drift, representation_error(outputs, leaves), key=order)
             return outputs
 
-        return leaves, watched
+        return Encoded(leaves, watched)
 
 
 @dataclass(frozen=True)

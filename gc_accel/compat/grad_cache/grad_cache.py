@@ -1,6 +1,6 @@
 """In place of `grad_cache.GradCache`: any number of models, each with its inputs, one representation each.
 
-A schedule over `encode` (`gc_accel/gradient_cache.py`), cut into the methods that subclasses override:
+A schedule over `encode` (`gc_accel/encoding.py`), cut into the methods that subclasses override:
 
     cache_step
         split_inputs                    of each model
@@ -8,8 +8,10 @@ A schedule over `encode` (`gc_accel/gradient_cache.py`), cut into the methods th
         build_cache, compute_loss       the gradient of every representation
         forward_backward                of each model; of each chunk: model_call, get_reps, in its random state
 
-Gradients are reduced over ranks once per model and step. What reaches over ranks is the loss: a `GlobalLoss` gets
-the factor of the scaling rule (`gc_accel/distributed/replicas.py`) here, any other brings it, as it always had to.
+The last chunk of the last model keeps the graph of its first pass and is pushed first, which costs no memory and
+saves a forward. Gradients are reduced over ranks once per model and step. What reaches over ranks is the loss: a
+`GlobalLoss` gets the factor of the scaling rule (`gc_accel/distributed/replicas.py`) here, any other brings it, as
+it always had to.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +28,7 @@ from gc_accel.compat import checks
 from gc_accel.compat.checks import Model
 from gc_accel.compat.grad_cache.context_managers import RandContext
 from gc_accel.distributed import GlobalLoss, Replicas
-from gc_accel.gradient_cache import encode
+from gc_accel.encoding import Encoded, encode
 
 
 class GradCache:
@@ -102,13 +104,20 @@ class GradCache:
         for norms in self.batch_norms:
             norms.begin_step()
         chunked = [self.split_inputs(x, size) for x, size in zip(model_inputs, self.chunk_sizes, strict=True)]
+        latest = chunked[-1][-1:] if self._retains(chunked[-1]) else []
+        chunked[-1] = chunked[-1][: len(chunked[-1]) - len(latest)]
         encoded = [self.forward_no_grad(*each) for each in zip(self.models, chunked, strict=True)]
-        reps = [rep for rep, _ in encoded]
+        reps, model = [rep for rep, _ in encoded], self.models[-1]
+        with self.replicas[id(model)].reducing(False):
+            retained = [self._encode(model, chunk, retain=True) for chunk in latest]
+        reps[-1] = torch.cat([reps[-1], *(each.leaves[None].detach() for each in retained)])
         if not torch.is_grad_enabled():
             with self._autocast(reps[0].device):
                 return self.compute_loss(*reps, **loss_kwargs)
         gradients, loss = self.build_cache(*reps, **loss_kwargs)
         checks.check_cache(gradients, self.models)
+        for each in retained:  # first, so that no second graph is alive beside it
+            gradients = [*gradients[:-1], self._push_retained(each, gradients[-1])]
         for index, (model, gradient) in enumerate(zip(self.models, gradients, strict=True)):
             if gradient is None:
                 continue
@@ -213,7 +222,26 @@ class GradCache:
                     return  # nothing in this model trains, so no other chunk needs a second pass either
                 replicas.backward([rep], [gradient], sync=number == last)
 
-    def _encode(self, model: Model, chunk: Inputs, retain: bool = False) -> Any:
+    def _retains(self, chunks: Sequence[Inputs]) -> bool:
+        """Whether the last chunk of the last model keeps its graph: not if others see to chunks or cut them."""
+        own = type(self).forward_no_grad, type(self).forward_backward
+        is_own = (
+            own == (GradCache.forward_no_grad, GradCache.forward_backward) and self.split_input_fn is None
+        )
+        return is_own and len(chunks) > 1 and torch.is_grad_enabled()
+
+    def _push_retained(self, encoded: Encoded, gradient: Tensor | None) -> Tensor | None:
+        """Second pass of the last chunk of the last model; the gradient that is left for the other chunks."""
+        rep = encoded.replay()[None]
+        if gradient is None:
+            return None
+        if rep.requires_grad:
+            replicas = self.replicas[id(self.models[-1])]
+            with replicas.reducing(False):
+                replicas.backward([rep], [gradient[-len(rep) :]], sync=False)
+        return gradient[: -len(rep)]
+
+    def _encode(self, model: Model, chunk: Inputs, retain: bool = False) -> Encoded:
         # Inside of `represent`, because the device of the inputs is the caller's business.
         def represent() -> Tensor:
             rep = self.get_reps(self.model_call(model, chunk))

@@ -1,0 +1,199 @@
+"""What the calls of a step cost, found by running them on tensors that have shapes but no values.
+
+Weights and inputs are replaced by fake tensors on the device in question, so a model of any size can be run at
+any chunk size, in about a second, without its memory and, made under `torch.device("meta")`, without weights.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.utils.flop_counter import FlopCounterMode
+
+from gc_accel.chunking import Inputs, batch_size, call, named, split_streams
+from gc_accel.planning.live import LiveBytes
+
+Rows = Mapping[Any, int]  # samples of each stream in one call of the encoder
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes that one call of the encoder takes, beyond weights and inputs, and beyond gradients but for `fresh`.
+
+    Args:
+        forward: at most, without a graph.
+        graph: kept after a forward with a graph.
+        building: at most, such a forward alone.
+        backward: at most, forward and backward, where gradients are there to be added to.
+        fresh: at most, forward and backward, and with the gradients that they make.
+        gradients: of the weights.
+    """
+
+    forward: int
+    graph: int
+    building: int
+    backward: int
+    fresh: int
+    gradients: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of one sample, and the shape of each of its representations."""
+
+    forward: float
+    backward: float
+    shapes: dict[Any, tuple[int, ...]]
+
+
+class DryRun:
+    """An encoder in training mode, without values.
+
+    Args:
+        model: as `GradientCache` takes it, on any device or on "meta".
+        sample: a chunk as the collator gives it, of any number of samples.
+        device: where the step would run.
+        autocast: the dtype of mixed precision, or None.
+    """
+
+    def __init__(
+        self, model: nn.Module, sample: Inputs, device: torch.device, autocast: torch.dtype | None
+    ) -> None:
+        self.model, self.device, self.autocast = model, device, autocast
+        self.streams: Mapping[Any, Any] = getattr(model, "streams", {None: ()})
+        self.global_names = frozenset(getattr(model, "global_names", ()))
+        self.parts, _ = split_streams(sample, self.streams)
+        self.sample_bytes = sum(each.nbytes for each in _leaves(sample)) // batch_size(sample)
+        self.costs: dict[tuple[tuple[Any, int], ...], Cost] = {}
+
+    def cost(self, rows: Rows) -> Cost:
+        """Bytes of one call on so many samples of some streams; each is run once and remembered."""
+        key = tuple(rows.items())
+        if key not in self.costs:
+            self.costs[key] = self._run(self._cost, rows)
+        return self.costs[key]
+
+    def work(self, stream: Any) -> Work:
+        """FLOPs of a stream: those of two samples, halved."""
+        return self._run(self._work, {stream: 2})
+
+    def _run(self, look: Callable[..., Any], rows: Rows) -> Any:
+        """Call `look` on a fake of the encoder and its inputs."""
+        step = _Step(self.model, look)
+        with training(self.model), FakeTensorMode(allow_non_fake_inputs=True):
+            weights = {name: self._fake(tensor) for name, tensor in _tensors(step)}
+            inputs = {name: self._fake_inputs(self.parts[name], count) for name, count in rows.items()}
+            try:
+                return torch.func.functional_call(step, weights, (inputs.get(None, inputs),))
+            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                raise ValueError(
+                    "expected an encoder whose steps depend on the shapes of its inputs, got one that looks at "
+                    f"their values ({error.func}): it cannot be planned without running it"
+                ) from error
+
+    def _fake(self, tensor: Tensor) -> Tensor:
+        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device)
+        return fake.requires_grad_(tensor.requires_grad)
+
+    def _fake_inputs(self, inputs: Inputs, rows: int) -> Inputs:
+        """The same structure with another number of samples."""
+        if isinstance(inputs, Tensor):
+            shape = (rows, *inputs.shape[1:]) if inputs.ndim else ()
+            return torch.empty(shape, dtype=inputs.dtype, device=self.device)
+        if isinstance(inputs, Mapping):
+            return {key: self._fake_inputs(value, rows) for key, value in inputs.items()}
+        if not isinstance(inputs, (list, tuple)):
+            return inputs
+        if any(isinstance(value, (Tensor, Mapping)) for value in inputs):
+            return type(inputs)(self._fake_inputs(value, rows) for value in inputs)
+        return [inputs[index % len(inputs)] for index in range(rows)]
+
+    def _encode(self, encoder: nn.Module, inputs: Inputs) -> dict[Any, Tensor]:
+        """Representations in float32, as the cache takes them."""
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            outputs = named(call(encoder, inputs))
+        return {key: out if out.dtype == torch.float64 else out.float() for key, out in outputs.items()}
+
+    def _cost(self, encoder: nn.Module, inputs: Inputs) -> Cost:
+        known = chain(encoder.parameters(), encoder.buffers(), _leaves(inputs))
+        with LiveBytes(known) as live:
+            with torch.no_grad():
+                self._encode(encoder, inputs)
+            forward = live.peak
+            live.restart()
+            outputs = self._encode(encoder, inputs)
+            graph, building = live.now, live.peak
+            _push(outputs)
+            fresh, gradients = live.peak, live.now
+            live.restart()
+            _push(self._encode(encoder, inputs))
+            return Cost(forward, graph, building, live.peak - gradients, fresh, gradients)
+
+    def _work(self, encoder: nn.Module, inputs: Inputs) -> Work:
+        # Apart from the bytes: the counter's hooks keep what checkpointing frees.
+        with FlopCounterMode(display=False) as counter:
+            outputs = self._encode(encoder, inputs)
+            forward = counter.get_total_flops()
+            shapes = {k: tuple(v.shape[1:]) for k, v in outputs.items() if k not in self.global_names}
+            _push(outputs)
+        return Work(forward / 2, (counter.get_total_flops() - forward) / 2, shapes)
+
+
+class _Step(nn.Module):
+    """Something to do with an encoder, as a module, whose forward can be called with other weights.
+
+    The backward pass has to be within it: checkpointed layers look their weights up again.
+    """
+
+    def __init__(self, encoder: nn.Module, look: Callable[..., Any]) -> None:
+        super().__init__()
+        self.encoder, self.look = encoder, look
+
+    def forward(self, inputs: Inputs) -> Any:
+        return self.look(self.encoder, inputs)
+
+
+@contextmanager
+def training(model: nn.Module) -> Iterator[None]:
+    """A module in training mode; every part of it afterwards in the mode it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.train()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _push(outputs: dict[Any, Tensor]) -> None:
+    """Backward from what has a graph, and let go of it."""
+    reached = [output for output in outputs.values() if output.requires_grad]
+    outputs.clear()
+    grads = [torch.ones_like(output) for output in reached]
+    if reached:
+        torch.autograd.backward(reached, grads)
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return chain(module.named_parameters(), module.named_buffers())
+
+
+def _leaves(inputs: Inputs) -> Iterator[Tensor]:
+    """All tensors of nested inputs."""
+    if isinstance(inputs, Tensor):
+        yield inputs
+    elif isinstance(inputs, Mapping):
+        for value in inputs.values():
+            yield from _leaves(value)
+    elif isinstance(inputs, (list, tuple)):
+        for value in inputs:
+            yield from _leaves(value)

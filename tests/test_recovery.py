@@ -1,0 +1,225 @@
+"""A step that runs out of memory is made again with half the chunk, and equals one that began with it."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gc_accel import GradientCache
+from gc_accel.losses import CLIPLoss
+from tests.comparing import assert_equal, gradients
+from tests.models import dual_encoder, image_text_batch
+from tests.ranks import run_on_ranks
+
+SIZE, CHUNK = 13, 4
+PLACES = ("first pass", "joint call", "loss", "backward of the loss", "second pass", "synced call")
+
+
+class Failure:
+    """Raises torch.OutOfMemoryError once, or each time while chunks are larger than what fits.
+
+    Places are told apart by whether a graph is made, whether all streams go through, and by the loss.
+    """
+
+    def __init__(self, place: str, encoder: nn.Module, *, above: float = 0, call: int = 2) -> None:
+        self.place, self.above, self.raised, self.calls, self.call = place, above, 0, 0, call
+        encoder.register_forward_pre_hook(self._before_call, with_kwargs=True)
+
+    def _before_call(self, _, args, kwargs):
+        streams = list(kwargs.values())
+        samples = len(next(iter(streams[0].values())))
+        place = {
+            (False, 1): "first pass",
+            (False, 2): "joint call",
+            (True, 1): "second pass",
+            (True, 2): "synced call",
+        }[torch.is_grad_enabled(), len(streams)]
+        self.calls += place == self.place
+        if place == self.place and self.calls > 1 - (
+            len(streams) == 2
+        ):  # in the middle, with some of it done
+            self._fail(samples * len(streams))
+
+    def loss(self, image, text, **shared):
+        if self.place == "loss":
+            self._fail(self.above + 1)
+        if self.place == "backward of the loss":
+            image.register_hook(lambda grad: self._fail(self.above + 1))
+        return CLIPLoss()(image=image, text=text, **shared)
+
+    def _fail(self, samples):
+        if samples > self.above and (self.above or not self.raised):
+            self.raised += 1
+            raise torch.OutOfMemoryError(f"injected in the {self.place}")
+
+
+def accumulated(encoder):
+    """Gradients from before, as when several batches make a step."""
+    torch.manual_seed(5)
+    for parameter in encoder.parameters():
+        parameter.grad = torch.randn_like(parameter)
+
+
+def step(encoder, loss_fn, chunk_size, *, with_grads=False, **options):
+    """One step from a fixed random state: gradients, loss, the random state after it, and the cache."""
+    encoder.zero_grad(set_to_none=True)
+    if with_grads:
+        accumulated(encoder)
+    torch.manual_seed(7)
+    cache = GradientCache(encoder, loss_fn, chunk_size, **options)
+    loss = cache.forward_backward_chunks([image_text_batch(SIZE)])
+    return gradients(encoder), loss, torch.get_rng_state(), cache
+
+
+@pytest.mark.parametrize("with_grads", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("place", PLACES)
+def test_equals_a_step_that_began_with_half_the_chunk(place, dropout, with_grads, caplog):
+    encoder = dual_encoder("clip", dropout=dropout)
+    expected, expected_loss, state, _ = step(encoder, CLIPLoss(), CHUNK // 2, with_grads=with_grads)
+    failure = Failure(place, encoder)
+    logging.getLogger("transformers").propagate = True
+    with caplog.at_level(logging.WARNING):
+        found, loss, state_after, cache = step(encoder, failure.loss, CHUNK, with_grads=with_grads)
+    assert failure.raised == 1
+    assert_equal(found, expected)
+    assert torch.equal(loss, expected_loss)
+    assert torch.equal(state, state_after)
+    assert set(cache.chunk_sizes.values()) == {CHUNK // 2}
+    assert "Out of memory" in caplog.text
+    assert "2 (image)" in caplog.text
+    if dropout:
+        whole, *_ = step(encoder, CLIPLoss(), CHUNK, with_grads=with_grads)
+        assert (whole["model.visual_projection.weight"] - expected["model.visual_projection.weight"]).any()
+
+
+@pytest.mark.parametrize("retain", [0, "all"])
+def test_halves_until_it_fits_and_stays_there(retain):
+    encoder = dual_encoder("clip")
+    expected, *_ = step(encoder, CLIPLoss(), 1)
+    failure = Failure("first pass" if retain == 0 else "second pass", encoder, above=2)
+    found, _, _, cache = step(encoder, failure.loss, 8, retain=retain)
+    assert failure.raised == 2
+    assert_equal(found, expected)
+    assert set(cache.chunk_sizes.values()) == {2}
+    encoder.zero_grad()
+    cache.forward_backward(image_text_batch(SIZE))
+    assert failure.raised == 2, "the next step begins with the smaller chunk"
+    assert_equal(gradients(encoder), expected)
+
+
+def test_buffers_of_a_step_that_failed_are_put_back():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 4)).double()
+    batch = torch.randn(12, 6, dtype=torch.float64)
+    failures = iter([True])
+
+    def loss(reps):
+        if next(failures, False):
+            raise torch.OutOfMemoryError("injected")
+        return (reps @ reps.T).logsumexp(1).sum()
+
+    cache = GradientCache(model, loss, 8, batch_norm="ghost")
+    cache.forward_backward(batch)
+    assert int(model[1].num_batches_tracked) == 3, "chunks of 4 in one step, and nothing of the first attempt"
+
+
+def test_says_what_to_set_when_one_sample_is_too_much():
+    encoder = dual_encoder("clip")
+    failure = Failure("second pass", encoder, above=0.5)
+    with pytest.raises(RuntimeError, match=r"chunks of one sample.*gradient checkpointing"):
+        step(encoder, failure.loss, CHUNK)
+    assert failure.raised == 3, "in chunks of 4, 2 and 1"
+
+
+def test_other_errors_go_through_at_once():
+    calls = []
+
+    def loss(reps):
+        calls.append(1)
+        raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        GradientCache(nn.Linear(2, 2), loss, 2).forward_backward(torch.randn(4, 2))
+    assert len(calls) == 1
+
+
+RANK_CASES = [  # where it fails, on which ranks, in which call there
+    ("first pass", (0,), 1),
+    ("first pass", (0,), 2),
+    ("first pass", (0, 1), 2),
+    ("joint call", (1,), 1),
+    ("loss", (0,), 1),
+    ("loss", (0, 1), 1),
+    ("backward of the loss", (1,), 1),
+    ("second pass", (1,), 2),
+]
+
+
+class FailingLoss(CLIPLoss):
+    """A loss that reaches over ranks, and fails before or between its collective calls."""
+
+    def __init__(self, failure):
+        super().__init__()
+        self.failure = failure
+
+    def forward(self, image, text, **shared):
+        return self.failure.loss(image, text, **shared)
+
+
+def rank_step(rank, dropout, chunk_size, place, call):
+    encoder = dual_encoder("clip", dropout=dropout)
+    encoder.register_buffer("steps", torch.zeros(3))  # which ranks broadcast with the first call of a step
+    failure = Failure(place, encoder, call=call)
+    model = DistributedDataParallel(encoder, find_unused_parameters=True)
+    batch = {name: value[rank::2] for name, value in image_text_batch(2 * SIZE).items()}
+    torch.manual_seed(rank)
+    cache = GradientCache(model, FailingLoss(failure), chunk_size)
+    loss = cache.forward_backward_chunks([batch])
+    return gradients(encoder), loss, failure.raised, max(cache.chunk_sizes.values())
+
+
+def on_ranks(rank):
+    """One rank's steps, with a failure on some of the ranks and without, and the data they are made on."""
+    found = {}
+    for dropout in (0.0, 0.5):
+        found[dropout] = rank_step(rank, dropout, CHUNK // 2, "nowhere", 1)
+        for place, failing, call in RANK_CASES:
+            name = place if rank in failing else "nowhere"
+            found[dropout, place, failing, call] = rank_step(rank, dropout, CHUNK, name, call)
+    return found, image_text_batch(2 * SIZE)["input_ids"][rank::2]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    (first, data), (second, other) = run_on_ranks(on_ranks, 2, tmp_path_factory.mktemp("ranks"), timeout=240)
+    assert not torch.equal(data, other), "ranks hold different data"
+    return first, second
+
+
+@pytest.mark.parametrize("case", RANK_CASES, ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_ranks_give_up_a_step_together(case, dropout, two_ranks):
+    for rank, found in enumerate(two_ranks):
+        expected, expected_loss, *_ = found[dropout]
+        grads, loss, raised, chunk = found[(dropout, *case)]
+        assert raised == (rank in case[1])
+        assert chunk == CHUNK // 2
+        assert_equal(grads, expected)
+        assert torch.equal(loss, expected_loss)
+    assert_equal(two_ranks[0][(dropout, *case)][0], two_ranks[1][(dropout, *case)][0])
+
+
+def in_the_synced_call(rank):
+    encoder = dual_encoder("clip")
+    failure = Failure("synced call", encoder)
+    model = DistributedDataParallel(encoder, find_unused_parameters=True)
+    with pytest.raises(RuntimeError, match="set a smaller chunk_size"):
+        GradientCache(model, failure.loss, CHUNK).forward_backward(image_text_batch(SIZE))
+    return failure.raised
+
+
+def test_there_is_no_way_back_from_the_call_that_reduces(tmp_path):
+    assert run_on_ranks(in_the_synced_call, 2, tmp_path) == [1, 1]
