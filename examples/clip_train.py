@@ -2,6 +2,7 @@
 
     accelerate launch examples/clip_train.py                 # the built-in handwritten numbers, from scratch
     accelerate launch examples/clip_train.py config.yaml     # all arguments from one YAML or JSON file
+    accelerate launch examples/clip_train.py --plan          # memory, FLOPs and communication of a step, and stop
     accelerate launch examples/clip_train.py \\
         --model openai/clip-vit-base-patch32 --dataset path/or/hub-name \\
         --per_device_train_batch_size 4096 --chunk_size 64 --bf16
@@ -36,9 +37,10 @@ from gc_accel.data import (
     numbers_config,
     numbers_processor,
 )
-from gc_accel.data.splits import SplitArguments, load_splits
+from gc_accel.data.splits import SplitArguments, check_streaming, load_splits
 from gc_accel.evaluation import zero_shot_accuracy, zero_shot_classifier
 from gc_accel.pictures import retrieval_sheet, training_curve
+from gc_accel.planning.program import PlanArguments, print_plan
 from gc_accel.trainer import retrieval_of_pairs
 
 BUILT_IN = "numbers"
@@ -66,8 +68,8 @@ class DataArguments(SplitArguments):
 
     dataset: str = option(
         BUILT_IN,
-        "'numbers' (built in), a folder of images with metadata.csv or metadata.jsonl, a csv, jsonl or parquet "
-        "file, or a data set of the hub.",
+        "'numbers' (built in), a folder of images with metadata.csv or metadata.jsonl or of webdataset shards, a csv, "
+        "jsonl, parquet or tar file (or several: 'shards/*.tar'), or a data set of the hub.",
     )
     caption_column: str = option("text", "Column with captions, or with lists of which each epoch draws one.")
     label_column: str | None = option(None, "Column of integers: equal ones are positives of one another.")
@@ -85,8 +87,8 @@ class TrainArguments(CachedContrastiveArguments):
     output_dir: str = option("outputs/clip", "Folder for everything that is written.")
     per_device_train_batch_size: int = option(1024, "Contrastive batch of one device.")
     per_device_eval_batch_size: int = option(250, "Samples encoded at once in evaluation.")
-    chunk_size: int = option(
-        128, "Samples that the encoder sees at once. Memory and speed, never the result."
+    chunk_size: str = option(
+        "128", "Samples that the encoder sees at once, or 'auto'. Memory and speed, never the result."
     )
     num_train_epochs: float = option(6.0, "Epochs.")
     learning_rate: float | None = option(
@@ -177,7 +179,9 @@ def draw_sheet(trainer: CachedContrastiveTrainer, eval_set: Any, path: Path, ima
 
 def main() -> None:
     """Build, train, evaluate, write."""
-    model_args, data_args, args = parse(ModelArguments, DataArguments, TrainArguments)
+    kinds = (ModelArguments, DataArguments, PlanArguments, TrainArguments)
+    model_args, data_args, plan_args, args = parse(*kinds)
+    check_streaming(data_args, args.max_steps, built_in=BUILT_IN)
     if args.learning_rate is None:
         args.learning_rate = FROM_SCRATCH if model_args.model is None else FINE_TUNING
     use_all_cores()
@@ -204,6 +208,9 @@ def main() -> None:
         data_collator=collator,
         compute_metrics=metrics,
     )
+    if plan_args.plan:
+        print_plan(trainer)
+        return
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     trainer.save_state()

@@ -1,6 +1,6 @@
 """The models that `vision_train.py` trains: of transformers or timm, or a small CNN, behind a projection head."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,8 +32,12 @@ class ModelArguments:
         None, "From tokens to features; by default the model's own.", choices=["cls", "mean", "pooler"]
     )
     head: str | None = option(
-        None, "Between features and loss; by default 'mlp'.", choices=["mlp", "linear", "none"]
+        None,
+        "Between features and loss; by default the recipe's.",
+        choices=["mlp", "norm_mlp", "linear", "none"],
     )
+    predictor: int | None = option(None, "Hidden width of the predictor of NNCLR, MoCo v3, BYOL and SimSiam.")
+    prototypes: int | None = option(None, "How many SwAV has.")
     projection_dim: int | None = option(None, "Numbers that the loss sees of each view; by default 128.")
     freeze_backbone: bool = option(False, "Train the head alone.")
 
@@ -86,16 +90,20 @@ def fresh_backbone(model: str | None) -> nn.Module:
     return AutoModel.from_config(AutoConfig.from_pretrained(model))
 
 
-def load_encoder(args: ModelArguments, pixels: Pixels, exits: Sequence[str]) -> VisionEncoder:
-    """The model behind its head, or heads; `exits` are those of the built-in model."""
+def load_encoder(
+    args: ModelArguments, pixels: Pixels, exits: Sequence[str], wanted: Mapping[str, Any]
+) -> VisionEncoder:
+    """The model behind its heads; `exits` are those of the built-in model, `wanted` the options of a recipe."""
     built_in = args.model is None
     asked = {
         "pooling": args.pooling,
         "head": args.head,
         "projection_dim": args.projection_dim,
+        "predictor": args.predictor,
+        "prototypes": args.prototypes,
         "exits": args.exits or (exits if built_in else None),
     }
-    options: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    options = dict(wanted) | {name: value for name, value in asked.items() if value is not None}
     options |= {"image_mean": pixels.mean, "image_std": pixels.std, "freeze_backbone": args.freeze_backbone}
     if args.model is None or args.from_scratch:
         encoder = VisionEncoder(fresh_backbone(args.model), **options)

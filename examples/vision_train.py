@@ -1,8 +1,10 @@
-"""Train or fine-tune a vision model at any batch size, with SimCLR, SupCon or SelfCon.
+"""Train or fine-tune a vision model at any batch size, by any of the methods in `vision_recipes.py`.
 
     accelerate launch examples/vision_train.py                 # the built-in handwritten digits, without labels
     accelerate launch examples/vision_train.py --loss supcon   # with labels
+    accelerate launch examples/vision_train.py --loss byol     # without negatives
     accelerate launch examples/vision_train.py config.yaml     # all arguments from one YAML or JSON file
+    accelerate launch examples/vision_train.py --plan          # memory and FLOPs of a step, and stop
     accelerate launch examples/vision_train.py \\
         --model facebook/dinov2-small --dataset path/or/hub-name --loss supcon \\
         --per_device_train_batch_size 4096 --chunk_size 64 --bf16
@@ -15,10 +17,9 @@ trainer's state, the metrics (all_results.json), training_curve.png, and embeddi
 two dimensions.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import torch
@@ -27,6 +28,7 @@ from torchvision.transforms import v2
 from transformers import set_seed
 from vision_models import ModelArguments, load_encoder, pixels_of
 from vision_probes import Judge, table, with_few_labels
+from vision_recipes import RECIPES, LossArguments, Recipe, make_loss
 
 from gc_accel import CachedContrastiveArguments, CachedContrastiveTrainer
 from gc_accel.command_line import option, parse
@@ -36,42 +38,16 @@ from gc_accel.data import (
     MultiViewDataset,
     ViewsCollator,
     handwriting_transform,
-    simclr_transform,
-    supcon_transform,
 )
-from gc_accel.data.splits import SplitArguments, load_splits
+from gc_accel.data.sources import Rows, features_of
+from gc_accel.data.splits import SplitArguments, check_streaming, load_splits
 from gc_accel.data.transforms import MultiView
-from gc_accel.losses import LOSSES
 from gc_accel.pictures import embedding_map, training_curve
+from gc_accel.planning.program import PlanArguments, print_plan
 
 BUILT_IN = "digits"
 FROM_SCRATCH, FINE_TUNING = 2e-3, 3e-5  # peak learning rates
 MAP_SIZE = 2000  # images on the map
-
-
-class Recipe(NamedTuple):
-    """What goes with a loss."""
-
-    transform: Callable[..., MultiView]
-    views: int
-    temperature: float
-    needs_labels: bool = False
-    exits: tuple[str, ...] = ()  # of the built-in model
-
-
-RECIPES = {  # by the names of gc_accel.losses.LOSSES
-    "simclr": Recipe(simclr_transform, views=2, temperature=0.2),
-    "supcon": Recipe(supcon_transform, views=2, temperature=0.1, needs_labels=True),
-    "selfcon": Recipe(supcon_transform, views=1, temperature=0.1, needs_labels=True, exits=("2",)),
-}
-
-
-@dataclass
-class LossArguments:
-    """What is minimised."""
-
-    loss: str = option("simclr", "The loss.", choices=list(RECIPES))
-    temperature: float | None = option(None, "Of the loss; by default 0.2 for SimCLR, 0.1 for the others.")
 
 
 @dataclass
@@ -80,8 +56,8 @@ class DataArguments(SplitArguments):
 
     dataset: str = option(
         BUILT_IN,
-        "'digits' (built in), a folder of images, with one subfolder per class if they have labels, a csv, jsonl or "
-        "parquet file, or a data set of the hub.",
+        "'digits' (built in), a folder of images, with one subfolder per class if they have labels, or of webdataset "
+        "shards, a csv, jsonl, parquet or tar file (or several: 'shards/*.tar'), or a data set of the hub.",
     )
     label_column: str | None = option(None, "Column of classes; by default 'label', if there is one.")
     split_seed: int = option(0, "Which images are held out, of the built-in ones too.")
@@ -121,8 +97,8 @@ class TrainArguments(CachedContrastiveArguments):
     output_dir: str = option("outputs/vision", "Folder for everything that is written.")
     per_device_train_batch_size: int = option(128, "Contrastive batch of one device, in images.")
     per_device_eval_batch_size: int = option(256, "Images encoded at once in evaluation.")
-    chunk_size: int = option(
-        64, "Images whose views the encoder sees at once. Memory and speed, never the result."
+    chunk_size: str = option(
+        "64", "Images whose views the encoder sees at once, or 'auto'. Memory and speed, never the result."
     )
     num_train_epochs: float = option(40.0, "Epochs.")
     learning_rate: float | None = option(
@@ -139,9 +115,10 @@ class TrainArguments(CachedContrastiveArguments):
     report_to: str = option("none", "Tracker: 'tensorboard', 'wandb', ... or 'none'.")
 
 
-def with_integer_labels(rows: list[datasets.Dataset], column: str | None) -> list[datasets.Dataset]:
-    """Classes that are words as numbers, the same in every split."""
-    if column not in rows[0].column_names or rows[0].features[column].dtype != "string":
+def with_integer_labels(rows: list[Rows], column: str | None, features: datasets.Features) -> list[Rows]:
+    """Classes that are words as numbers, the same in every split; a stream would have to be read for them."""
+    streamed = isinstance(rows[0], datasets.IterableDataset)
+    if streamed or column not in features or features[column].dtype != "string":
         return rows
     names = {name for part in rows for name in part[column]}
     return [part.cast_column(column, datasets.ClassLabel(names=sorted(names))) for part in rows]
@@ -157,11 +134,11 @@ def load_data(args: DataArguments, image_size: int, loss: str) -> tuple[Dataset,
         options: dict[str, Any] = {"seed": args.split_seed, "image_size": image_size}
         return HandwrittenDigits("train", **options), HandwrittenDigits("test", **options)
     rows = list(load_splits(args))
-    columns = rows[0].column_names
+    columns = features_of(rows[0])
     label_column = args.label_column or ("label" if "label" in columns else None)
     if RECIPES[loss].needs_labels and label_column is None:
         raise ValueError(
-            f"expected labels for --loss {loss}, got a data set with {columns}: name a --label_column, sort the "
+            f"expected labels for --loss {loss}, got a data set with {list(columns)}: name a --label_column, sort the "
             "images into one subfolder per class, or train with --loss simclr"
         )
     options = {
@@ -170,7 +147,8 @@ def load_data(args: DataArguments, image_size: int, loss: str) -> tuple[Dataset,
         "label_column": label_column,
         "on_bad_image": args.on_bad_image,
     }
-    train, test = (ImageTextDataset(part, **options) for part in with_integer_labels(rows, label_column))
+    parts = with_integer_labels(rows, label_column, columns)
+    train, test = (ImageTextDataset(part, **options) for part in parts)
     return train, test
 
 
@@ -191,7 +169,9 @@ def clean(images: Dataset, image_size: int) -> MultiViewDataset:
 
 
 def some(images: Any, count: int, seed: int) -> Dataset:
-    """At most so many of a data set, drawn at random, as it may be sorted by class."""
+    """At most so many of a data set, drawn at random, as it may be sorted by class; those of a stream in memory."""
+    if isinstance(images, ImageTextDataset) and images.stream is not None:
+        return images.take(count, seed=seed)
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]
     return images if count >= len(images) else Subset(images, chosen.tolist())
 
@@ -215,15 +195,18 @@ def evaluate(
 
 def main() -> None:
     """Build, train, evaluate, write."""
-    kinds = (ModelArguments, LossArguments, DataArguments, ViewArguments, ProbeArguments, TrainArguments)
-    model_args, loss_args, data_args, view_args, probe_args, args = parse(*kinds)
+    kinds: Any = (ModelArguments, LossArguments, DataArguments, ViewArguments, ProbeArguments)
+    model_args, loss_args, data_args, view_args, probe_args, plan_args, args = parse(
+        *kinds, PlanArguments, TrainArguments
+    )
+    check_streaming(data_args, args.max_steps, built_in=BUILT_IN)
     recipe = RECIPES[loss_args.loss]
     if args.learning_rate is None:
         new = model_args.model is None or model_args.from_scratch or model_args.freeze_backbone
         args.learning_rate = FROM_SCRATCH if new else FINE_TUNING
     set_seed(args.seed)
     pixels = pixels_of(model_args.model, data_args.image_size)
-    encoder = load_encoder(model_args, pixels, recipe.exits)
+    encoder = load_encoder(model_args, pixels, recipe.exits, recipe.encoder)
     if recipe.exits and len(encoder.heads) == 1:
         raise ValueError(
             f"expected exits for --loss {loss_args.loss}, got none: name blocks of the model by --exits"
@@ -237,13 +220,16 @@ def main() -> None:
     trainer = CachedContrastiveTrainer(
         encoder,
         args,
-        loss=LOSSES[loss_args.loss](temperature=loss_args.temperature or recipe.temperature),
+        loss=make_loss(loss_args, encoder),
         train_dataset=MultiViewDataset(train_set, transform, seed=args.data_seed or args.seed),
         eval_dataset=MultiViewDataset(test_set, transform),
         processing_class=pixels.processor,
         data_collator=ViewsCollator(),
         compute_metrics=lambda _reps: judge.scores(trainer),
     )
+    if plan_args.plan:
+        print_plan(trainer)
+        return
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     trainer.save_state()

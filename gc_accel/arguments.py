@@ -10,24 +10,48 @@ class CachedContrastiveArguments(TrainingArguments):
     """`TrainingArguments` in which `per_device_train_batch_size` is the contrastive batch of one device.
 
     Args:
-        chunk_size: samples that the encoder sees at once.
-        retain: chunks whose graph is kept from the first pass: a number, or "all".
+        chunk_size: samples that the encoder sees at once: a number, or "auto": as many as fit.
+        retain: chunks whose graph is kept from the first pass: a number, "all", or "auto": as many as fit.
+        memory_budget: what "auto" may use, see `GradientCache`.
+        forward_chunk_size: samples of a call of the first pass, where it draws no random numbers.
         batch_norm: what to do about BatchNorm in training mode, see `gc_accel/batch_norm.py`.
         sort_by_length: sort the texts of a batch by length before it is cut into chunks.
         chunk_tokens: text tokens, padding included, that a chunk has at most, beside `chunk_size`.
+        shuffle_buffer: rows of a stream that are shuffled among themselves.
+        precompute_frozen: encode what a frozen tower sees once, before training (`gc_accel/precomputing.py`).
         check_equivalence: compare a cached with a direct step on the first batch (`gc_accel/equivalence`).
 
     Raises:
         ValueError: for values that would change the objective or cannot work with a cache.
     """
 
-    chunk_size: int = field(
-        default=64,
-        metadata={"help": "Samples that the encoder sees at once. Sets memory and speed, never the result."},
+    chunk_size: str = field(
+        default="64",
+        metadata={
+            "help": "Samples that the encoder sees at once, or 'auto' to find out how many fit. Sets memory and speed, "
+            "never the result."
+        },
     )
     retain: str = field(
         default="1",
-        metadata={"help": "Chunks whose graph is kept from the first pass: a number, or 'all'."},
+        metadata={
+            "help": "Chunks whose graph is kept from the first pass, so that they need no second forward: a number, "
+            "'all', or 'auto': as many as the memory budget allows."
+        },
+    )
+    memory_budget: float | None = field(
+        default=None,
+        metadata={
+            "help": "What 'auto' may use: bytes, or up to 1 a fraction of the device's memory; needed on the CPU with "
+            "retain='auto'. By default most of a device."
+        },
+    )
+    forward_chunk_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Samples of a call of the first pass, where it draws no random numbers; by default a chunk, and "
+            "four of them on an accelerator."
+        },
     )
     batch_norm: str = field(
         default="error",
@@ -47,11 +71,22 @@ class CachedContrastiveArguments(TrainingArguments):
             "help": "Text tokens, padding included, that a chunk has at most; beside chunk_size. Never the result."
         },
     )
+    shuffle_buffer: int = field(
+        default=5000,
+        metadata={"help": "Rows of a stream that are kept, undecoded, to be shuffled among themselves."},
+    )
     check_equivalence: bool = field(
         default=False,
         metadata={
             "help": "Compare a cached with a direct step on the first batch, which then has to fit in memory; print "
             "the report and write it to the output folder."
+        },
+    )
+    precompute_frozen: bool = field(
+        default=False,
+        metadata={
+            "help": "Encode the images (or texts) of a frozen tower once, before training, into the output folder; "
+            "steps then neither open them nor run that tower. For data that are the same in every epoch."
         },
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps (or a fraction of all) between logs."})
@@ -61,7 +96,7 @@ class CachedContrastiveArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.retain = str(self.retain)
+        self.chunk_size, self.retain = str(self.chunk_size), str(self.retain)
         refused = {
             "auto_find_batch_size": (
                 self.auto_find_batch_size,
@@ -77,14 +112,17 @@ class CachedContrastiveArguments(TrainingArguments):
         for name, (wrong, reason) in refused.items():
             if wrong:
                 raise ValueError(f"expected {name} to be off, got {getattr(self, name)}: {reason}")
-        if self.chunk_size < 1 or self.per_device_train_batch_size < 1:
+        is_size = self.chunk_size.isdecimal() and int(self.chunk_size) > 0
+        if not (is_size or self.chunk_size == "auto") or self.per_device_train_batch_size < 1:
             raise ValueError(
-                "expected chunk_size and per_device_train_batch_size of at least 1, got "
+                "expected chunk_size and per_device_train_batch_size of at least 1, or a chunk_size of 'auto', got "
                 f"{self.chunk_size} and {self.per_device_train_batch_size}"
             )
         if self.chunk_tokens is not None and (self.chunk_tokens < 1 or not self.sort_by_length):
             raise ValueError(
                 f"expected chunk_tokens of at least 1, along with sort_by_length, got {self.chunk_tokens}"
             )
-        if self.retain != "all" and not self.retain.isdecimal():
-            raise ValueError(f"expected retain to be a number of chunks or 'all', got {self.retain!r}")
+        if self.retain not in ("all", "auto") and not self.retain.isdecimal():
+            raise ValueError(
+                f"expected retain to be a number of chunks, 'all' or 'auto', got {self.retain!r}"
+            )

@@ -7,13 +7,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
 from gc_accel.arguments import CachedContrastiveArguments
+from gc_accel.data.streaming import StreamLoader
 from gc_accel.encoders import DualEncoder
+from gc_accel.losses import AccumulatedLoss
 
 logger = logging.get_logger(__name__)
 
 
 class StepCallback(TrainerCallback):
-    """Tell the loader its epoch, clamp the logit scale, say how many samples were left out."""
+    """Tell the loader its epoch, clamp the logit scale, move the momentum encoder, count what was left out."""
+
+    def __init__(self, loss: Any = None) -> None:
+        self.loss = loss
 
     def on_epoch_begin(
         self,
@@ -25,6 +30,9 @@ class StepCallback(TrainerCallback):
     ) -> None:
         # On resume the Trainer wraps the loader to skip batches, and the wrapper has no set_epoch.
         train_dataloader.set_epoch(int(state.epoch or 0))
+        if isinstance(train_dataloader, StreamLoader):
+            # One list for both: what is noted of a pass goes into trainer_state.json, and a resumed run has it.
+            train_dataloader.plan.passes = state.stateful_callbacks.setdefault("stream_passes", [])
 
     def on_optimizer_step(
         self,
@@ -37,6 +45,8 @@ class StepCallback(TrainerCallback):
         encoder = extract_model_from_parallel(model, keep_torch_compile=False)
         if isinstance(encoder, DualEncoder):
             encoder.clamp_logit_scale()
+        if isinstance(self.loss, AccumulatedLoss) and self.loss.teacher is not None:
+            self.loss.teacher.update(encoder, progress=state.global_step / state.max_steps)
 
     def on_train_end(
         self,

@@ -25,15 +25,19 @@ from transformers.utils import logging
 from gc_accel.arguments import CachedContrastiveArguments
 from gc_accel.callbacks import StepCallback
 from gc_accel.chunking import batch_size, call, split_streams
-from gc_accel.data import BatchPlan, ChunkedLoader, ImageTextCollator
+from gc_accel.data import ChunkedLoader, ImageTextCollator, StreamLoader
 from gc_accel.data.padding import padding_is_inert
 from gc_accel.distributed import GlobalLoss, RankedBatch
 from gc_accel.encoders import DualEncoder
 from gc_accel.equivalence import check_equivalence_chunks, representation_drift
 from gc_accel.evaluation import retrieval_metrics
 from gc_accel.gradient_cache import GradientCache
+from gc_accel.loss_state import load_loss, prepared, save_loss
 from gc_accel.losses import LOSSES
 from gc_accel.memory import peak_memory_mib
+from gc_accel.precomputing import precompute
+from gc_accel.run_chunk_sizes import RunChunkSizes
+from gc_accel.training_loader import training_loader
 
 Representations = dict[str, Tensor]
 DRIFT_TOLERANCE = 1e-3  # relative; the same chunk in the same state is mostly equal to the last bit
@@ -50,7 +54,7 @@ class CachedContrastiveTrainer(Trainer):
             encoder sees at once.
         loss: a name in `gc_accel.losses.LOSSES`, any callable on representations, or, for image-text models,
             None: "siglip" for one with a logit bias, "clip" otherwise.
-        train_dataset: map-style, with samples as the collator takes them.
+        train_dataset: with samples as the collator takes them; map-style, or over a stream, with `max_steps`.
         eval_dataset: likewise, or a dict of such.
         processing_class: a processor with `image_processor` and `tokenizer`; saved along with the model.
         data_collator: from samples to a chunk; `ImageTextCollator(processing_class)` by default.
@@ -60,6 +64,7 @@ class CachedContrastiveTrainer(Trainer):
     """
 
     args: CachedContrastiveArguments
+    train_dataset: Any
     control: TrainerControl
 
     def __init__(
@@ -107,12 +112,14 @@ class CachedContrastiveTrainer(Trainer):
             loss = "siglip" if "logit_bias" in self.global_names else "clip"
         if isinstance(loss, str) and loss not in LOSSES:
             raise ValueError(f"expected a loss among {sorted(LOSSES)} or a callable, got {loss!r}")
-        self.loss = LOSSES[loss]() if isinstance(loss, str) else loss
+        self.loss: Any = prepared(LOSSES[loss]() if isinstance(loss, str) else loss, model, args.device)
         self.shared: Representations = {}  # the globals of the latest call, for the logs
         model.register_forward_hook(self._note_globals)
+        self.chunk_sizes = RunChunkSizes()
+        self.cache: GradientCache | None = None
         self.is_first_step = True
         self.last_log: tuple[float, int] | None = None  # time and step, from the first step of a run on
-        self.add_callback(StepCallback())
+        self.add_callback(StepCallback(self.loss))
 
     @property
     def encoder(self) -> Any:
@@ -122,14 +129,33 @@ class CachedContrastiveTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Leave the gradient of the loss of one batch, a lazy sequence of chunks, on the weights."""
         model.train()
+        if isinstance(self.loss, nn.Module):
+            self.loss.train()
         self.last_log = self.last_log or (time.monotonic(), self.state.global_step)
         if self.is_first_step:
             self.is_first_step, inputs = False, self._checked(model, inputs)
-        retain: Any = self.args.retain if self.args.retain == "all" else int(self.args.retain)
         self.accelerator.gradient_accumulation_steps = self.current_gradient_accumulation_steps
-        policy: Any = self.args.batch_norm
-        cache = GradientCache(model, self.loss, self.args.chunk_size, self.accelerator, retain, policy)
-        return cache.forward_backward_chunks(inputs) / self.current_gradient_accumulation_steps
+        cache = self._cache_of(model)
+        loss = cache.forward_backward_chunks(inputs) / self.current_gradient_accumulation_steps
+        self.chunk_sizes.note(cache.chunk_sizes, self.state)
+        return loss
+
+    def _cache_of(self, model: nn.Module) -> GradientCache:
+        """One for the whole run, which keeps what it has found out about memory."""
+        if self.cache is None or self.cache.encoder is not model:
+            retain: Any = int(self.args.retain) if self.args.retain.isdecimal() else self.args.retain
+            policy: Any = self.args.batch_norm
+            self.cache = GradientCache(
+                model,
+                self.loss,
+                self.chunk_sizes.of_encoder,
+                self.accelerator,
+                retain,
+                policy,
+                memory_budget=self.args.memory_budget,
+                forward_chunk_size=self.args.forward_chunk_size,
+            )
+        return self.cache
 
     def _checked(self, model: nn.Module, inputs: Iterable[Any]) -> Iterable[Any]:
         """The chunks of the first batch, after a look at whether they can be trained on exactly."""
@@ -149,49 +175,31 @@ class CachedContrastiveTrainer(Trainer):
             return chain([first], chunks)
         batch = [first, *chunks]
         options: dict[str, Any] = {"accelerator": self.accelerator, "batch_norm": self.args.batch_norm}
-        report = check_equivalence_chunks(model, self.loss, batch, self.args.chunk_size, **options)
+        report = check_equivalence_chunks(model, self.loss, batch, self.chunk_sizes.of_encoder, **options)
         if self.is_world_process_zero():
             print(report)
             report.save(os.path.join(self.args.output_dir, "equivalence"))
         return batch
 
     def get_train_dataloader(self) -> DataLoader:
-        """A `ChunkedLoader` with as many batches per epoch as `drop_last` leaves of the data set."""
+        """A `ChunkedLoader` with as many batches per epoch as `drop_last` leaves of the data set; or of a stream."""
         if self.train_dataset is None:
             raise ValueError("expected a train_dataset, got None: pass one to train")
-        self.is_first_step, self.last_log = True, None
-        texts = getattr(self.train_dataset, "texts", None) if self.args.sort_by_length else None
-        plan = BatchPlan(
-            len(self.train_dataset),
-            self.args.per_device_train_batch_size,
-            self.args.chunk_size,
-            rank=self.args.process_index,
-            world_size=self.args.world_size,
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-            lengths=None if texts is None else partial(self._text_lengths, texts),
-            chunk_tokens=self.args.chunk_tokens,
-        )
-        workers = self.args.dataloader_num_workers
-        return ChunkedLoader(
-            self.train_dataset,
-            plan,
-            self.data_collator,
-            num_workers=workers,
-            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
-        )
-
-    def _text_lengths(self, texts: Callable[[list[int]], list[str]], indices: list[int]) -> list[int]:
-        """Of some samples: in tokens if these are bounded, else in characters, which are counted faster."""
-        if self.args.chunk_tokens is None:
-            return [len(text) for text in texts(indices)]
-        return self.data_collator.token_lengths(texts(indices))
+        self.is_first_step, self.last_log, self.cache = True, None, None
+        if self.args.precompute_frozen:
+            folder = os.path.join(self.args.output_dir, "precomputed")
+            reading: dict[str, Any] = {"num_workers": self.args.dataloader_num_workers}
+            reading |= {"batch_size": self.args.eval_batch_size, "progress": not self.args.disable_tqdm}
+            source = self.encoder, self.train_dataset, self.data_collator, folder
+            self.train_dataset = precompute(*source, accelerator=self.accelerator, **reading)
+        open_loader = partial(training_loader, self.train_dataset, self.data_collator, self.args)
+        self.chunk_sizes.settle(self.args, self.accelerator, self.model, open_loader)
+        return open_loader(self.chunk_sizes.of_loader)
 
     def num_examples(self, dataloader: DataLoader) -> int:
         """Samples behind a loader, not handles to batches."""
-        dataset: Any = dataloader.samples if isinstance(dataloader, ChunkedLoader) else dataloader.dataset
-        return len(dataset)
+        dataset: Any = dataloader.dataset
+        return dataloader.plan.size if isinstance(dataloader, ChunkedLoader) else len(dataset)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
         """The next batches, unread: nothing in them is counted, which would load them."""
@@ -267,6 +275,8 @@ class CachedContrastiveTrainer(Trainer):
 
     def _loss_of(self, reps: Representations, shared: Representations) -> Tensor:
         """The loss of gathered representations; to a loss that spans ranks each hands in its own part."""
+        if isinstance(self.loss, nn.Module):
+            self.loss.eval()
         if isinstance(self.loss, GlobalLoss):
             rank, world = self.args.process_index, self.args.world_size
             reps = {name: value.tensor_split(world)[rank] for name, value in reps.items()}
@@ -282,6 +292,8 @@ class CachedContrastiveTrainer(Trainer):
             logs |= {name: round(float(value), 4) for name, value in noted.items()}
             logs["samples_per_second"] = round(samples / max(now - then, 1e-9), 1)
             logs["peak_memory_mib"] = round(peak_memory_mib(self.args.device))
+            if isinstance(self.callback_handler.train_dataloader, StreamLoader):
+                logs["stream_pass"] = self.callback_handler.train_dataloader.plan.epoch
         super().log(logs, start_time)
 
     def _note_globals(self, module: nn.Module, args: Any, outputs: Representations) -> None:
@@ -292,17 +304,25 @@ class CachedContrastiveTrainer(Trainer):
             return
         output_dir = output_dir or self.args.output_dir
         self.encoder.save_pretrained(output_dir, state_dict)
+        save_loss(self.loss, output_dir)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
         torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.chunk_sizes.remember(resume_from_checkpoint)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             self.encoder.load_pretrained(resume_from_checkpoint)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:  # on resume, under every backend
+            load_loss(self.loss, checkpoint)
+
     def _load_best_model(self) -> None:
+        load_loss(self.loss, self.state.best_model_checkpoint)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:

@@ -22,10 +22,9 @@ def launch(script, *arguments, config="cpu.yaml", check=True):
         *map(str, arguments),
     ]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    if (
-        sys.platform == "linux"
-    ):  # one core each, so that examples that run side by side do not wait for one another
-        core = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % (os.cpu_count() or 1)
+    if sys.platform == "linux":  # a core each, so that examples side by side do not wait for one another
+        cores = sorted(os.sched_getaffinity(0))
+        core = cores[int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % len(cores)]
         command = ["taskset", "--cpu-list", str(core), *command]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert not check or run.returncode == 0, run.stderr[-3000:]

@@ -200,6 +200,7 @@ def step_on_a_rank(rank):
     return loss, gradients(encoder.module), dist.get_world_size()
 
 
+@pytest.mark.slow
 def test_ranks_with_other_images_train_as_one_process(tmp_path):
     expected_loss, expected = direct()
     results = run_on_ranks(step_on_a_rank, 2, tmp_path)

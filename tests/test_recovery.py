@@ -108,6 +108,7 @@ def test_halves_until_it_fits_and_stays_there(retain):
     cache.forward_backward(image_text_batch(SIZE))
     assert failure.raised == 2, "the next step begins with the smaller chunk"
     assert_equal(gradients(encoder), expected)
+    assert cache.retention.retain == (0 if retain == 0 else 1), "and keeps one graph at most"
 
 
 def test_buffers_of_a_step_that_failed_are_put_back():

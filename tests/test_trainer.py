@@ -134,6 +134,10 @@ def test_resume_in_the_middle_of_an_epoch_gives_the_same_weights(tmp_path, worke
         {"retain": "all"},
         {"sort_by_length": False},
         {"chunk_tokens": 40},
+        {"chunk_size": "auto", "memory_budget": 30e6},
+        {"retain": "auto", "memory_budget": 1e6},
+        {"retain": "auto", "memory_budget": 30e6},
+        {"forward_chunk_size": 6},
     ],
 )
 def test_configuration_never_changes_the_training(tmp_path, options):

@@ -490,7 +490,7 @@ class TestBadInput:
         ("options", "message"),
         [
             ({"pooling": "max"}, "pooling 'cls', 'mean', 'pooler' or None, got 'max'"),
-            ({"head": "mlp3"}, "head 'mlp', 'linear' or 'none', got 'mlp3'"),
+            ({"head": "mlp3"}, "head 'mlp', 'norm_mlp', 'linear' or 'none', got 'mlp3'"),
             ({"exits": ["layers.7"]}, r"exits among the modules .*'layers\.1'.*, got \['layers\.7'\]"),
             ({"exits": ["pooler"]}, r"exit 'pooler' to give a hidden state .*, got \(3, 16\)"),
             ({"image_mean": [0.5] * 3}, "both image_mean and image_std"),

@@ -2,7 +2,7 @@
 
 from gc_accel.data.collators import ImageTextCollator, OpenClipCollator, image_statistics
 from gc_accel.data.digits import HandwrittenDigits
-from gc_accel.data.loader import BatchPlan, ChunkedLoader
+from gc_accel.data.loader import ChunkedLoader
 from gc_accel.data.numbers import (
     HandwrittenNumbers,
     all_captions,
@@ -11,7 +11,11 @@ from gc_accel.data.numbers import (
     numbers_processor,
 )
 from gc_accel.data.passages import NumberPassages, passages_config, passages_tokenizer
-from gc_accel.data.readers import ImageTextDataset, load_image_text
+from gc_accel.data.plan import BatchPlan
+from gc_accel.data.readers import ImageTextDataset
+from gc_accel.data.rows import StreamedRow
+from gc_accel.data.sources import load_image_text
+from gc_accel.data.streaming import StreamLoader, StreamPlan
 from gc_accel.data.transforms import (
     handwriting_transform,
     multicrop_transform,
@@ -32,6 +36,9 @@ __all__ = [
     "MultiViewDataset",
     "NumberPassages",
     "OpenClipCollator",
+    "StreamLoader",
+    "StreamPlan",
+    "StreamedRow",
     "TripletCollator",
     "TripletDataset",
     "ViewsCollator",

@@ -6,7 +6,7 @@ the device, where the encoder rescales and normalises them with the statistics f
 Shape letters: C chunk, H height, W width, L tokens.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +22,10 @@ Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 # Tokenizers without a limit of their own report one of about 1e30.
 UNLIMITED = 10_000
+
+READY = ("image_embeds", "text_embeds")  # what a frozen tower gave before, instead of images or texts
+# Tells tokenizers apart: cases, digits, marks, accents, other scripts.
+PROBE = "Pack my box with FIVE dozen liquor jugs; 1,234.56 naïve façades (東京, Москва) & co. \n #hashtag"
 
 
 class OpenClipTokenizer(Protocol):
@@ -76,18 +80,13 @@ class ImageTextCollator:
     def __call__(self, items: Sequence[Item | None]) -> Chunk | None:
         """Samples ``{"image": PIL or uint8 (3, H, W), "text", "label"?}`` to a chunk; None if all are None.
 
+        Samples may have representations, ``"image_embeds"`` or ``"text_embeds"``, instead of an image or a text.
+
         Returns:
             ``pixel_values`` uint8 ``(C, 3, H, W)``, ``input_ids`` and, if the tokenizer makes one,
             ``attention_mask`` ``(C, L)``, ``labels`` int64 ``(C,)`` if the samples have one.
         """
-        present = [item for item in items if item is not None]
-        if not present:
-            return None
-        return {
-            "pixel_values": self._images([item["image"] for item in present]),
-            **self.tokenize([item["text"] for item in present]),
-            **_labels(present),
-        }
+        return _collate(items, self._images, self.tokenize)
 
     def _images(self, images: list[Image.Image | torch.Tensor]) -> torch.Tensor:
         raw = self.image_processor(
@@ -114,6 +113,12 @@ class ImageTextCollator:
         tokens = self.tokenizer(texts, truncation=self.max_length is not None, max_length=self.max_length)
         return [len(ids) for ids in tokens["input_ids"]]
 
+    def settings(self, part: str) -> str:
+        """All that decides on what becomes of an "image" or a "text", apart from that itself."""
+        if part == "image":
+            return self.image_processor.to_json_string()
+        return f"{self.padding} {self.tokenizer.padding_side} {self.max_length} {_tokens(self)}"
+
 
 class OpenClipCollator:
     """Collate samples for a model of open_clip: its own resizing and cropping, and its own tokenizer.
@@ -128,8 +133,9 @@ class OpenClipCollator:
     """
 
     def __init__(self, preprocess_cfg: Mapping[str, Any], tokenizer: OpenClipTokenizer) -> None:
+        self.preprocess_cfg = PreprocessCfg(**preprocess_cfg)
         *resize_and_crop, to_tensor, normalize = image_transform_v2(
-            PreprocessCfg(**preprocess_cfg), is_train=False
+            self.preprocess_cfg, is_train=False
         ).transforms
         assert isinstance(to_tensor, MaybeToTensor)
         assert isinstance(normalize, Normalize)
@@ -140,18 +146,13 @@ class OpenClipCollator:
     def __call__(self, items: Sequence[Item | None]) -> Chunk | None:
         """Samples ``{"image": PIL or uint8 (3, H, W), "text", "label"?}`` to a chunk; None if all are None.
 
+        Samples may have representations, ``"image_embeds"`` or ``"text_embeds"``, instead of an image or a text.
+
         Returns:
             ``pixel_values`` uint8 ``(C, 3, H, W)``, ``input_ids`` ``(C, L)``, and ``labels`` int64 ``(C,)``
             if the samples have one.
         """
-        present = [item for item in items if item is not None]
-        if not present:
-            return None
-        return {
-            "pixel_values": _exact_uint8(torch.stack([self._image(item["image"]) for item in present])),
-            **self.tokenize([item["text"] for item in present]),
-            **_labels(present),
-        }
+        return _collate(items, self._images, self.tokenize)
 
     def tokenize(self, texts: list[str]) -> Chunk:
         """Captions alone: ``input_ids`` ``(C, L)``."""
@@ -161,15 +162,36 @@ class OpenClipCollator:
         """The context length for each caption: models of open_clip take no shorter ones."""
         return [self.tokenizer([""]).shape[1]] * len(texts)
 
+    def settings(self, part: str) -> str:
+        """All that decides on what becomes of an "image" or a "text", apart from that itself."""
+        return repr(self.preprocess_cfg) if part == "image" else _tokens(self)
+
+    def _images(self, images: list[Image.Image | torch.Tensor]) -> torch.Tensor:
+        return _exact_uint8(torch.stack([self._image(image) for image in images]))
+
     def _image(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
         image = self.transform(image)
         return image if isinstance(image, torch.Tensor) else pil_to_tensor(image)
 
 
-def _labels(items: Sequence[Item]) -> Chunk:
-    if "label" not in items[0]:
-        return {}
-    return {"labels": torch.tensor([item["label"] for item in items], dtype=torch.int64)}
+def _collate(
+    items: Sequence[Item | None], images: Callable[..., torch.Tensor], tokenize: Callable[[list[str]], Chunk]
+) -> Chunk | None:
+    """What the samples have, each in its way."""
+    present = [item for item in items if item is not None]
+    if not present:
+        return None
+    columns = {key: [item[key] for item in present] for key in present[0]}
+    chunk = {"pixel_values": images(columns["image"])} if "image" in columns else {}
+    chunk |= tokenize(columns["text"]) if "text" in columns else {}
+    chunk |= {key: torch.stack(columns[key]) for key in READY if key in columns}
+    if "label" in columns:
+        chunk["labels"] = torch.tensor(columns["label"], dtype=torch.int64)
+    return chunk
+
+
+def _tokens(collator: "ImageTextCollator | OpenClipCollator") -> str:
+    return str(collator.tokenize([PROBE])["input_ids"].tolist())
 
 
 def _exact_uint8(pixels: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,8 @@ one right answer; training numbers are drawn with replacement, so duplicates occ
 Shape letters: N images, S image size.
 """
 
+from copy import copy
+from hashlib import sha256
 from math import log
 from typing import Any
 
@@ -95,21 +97,33 @@ class HandwrittenNumbers(torch.utils.data.Dataset[dict[str, Any]]):
         self.numbers = _draw_numbers(split, size, digits, rngs[0])
         scans = _draw_scans(split, self.numbers, digits, rngs[1])
         self.pixels = _compose(scans, image_size, rngs[2])
+        self.parts = frozenset({"image", "text"})  # of an item
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         number = int(self.numbers[index])
-        return {
-            "image": torch.from_numpy(self.pixels[index]).repeat(3, 1, 1),
-            "text": TEMPLATE.format(number_in_words(number)),
-            "label": number,
-        }
+        item: dict[str, Any] = {"label": number}
+        if "image" in self.parts:
+            item["image"] = torch.from_numpy(self.pixels[index]).repeat(3, 1, 1)
+        if "text" in self.parts:
+            item["text"] = TEMPLATE.format(number_in_words(number))
+        return item
 
     def texts(self, indices: list[int]) -> list[str]:
         """Captions alone."""
         return [TEMPLATE.format(number_in_words(int(number))) for number in self.numbers[indices]]
+
+    def without(self, part: str) -> "HandwrittenNumbers":
+        """The same samples without their "image" or their "text"."""
+        rest = copy(self)
+        rest.parts = self.parts - {part}
+        return rest
+
+    def fingerprint(self, part: str) -> str:
+        """Of all images or of all texts."""
+        return sha256((self.pixels if part == "image" else self.numbers).tobytes()).hexdigest()
 
 
 def _draw_numbers(split: str, size: int, digits: int, rng: np.random.Generator) -> np.ndarray:

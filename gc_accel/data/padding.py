@@ -7,22 +7,33 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 TOLERANCE = 1e-4  # distance of unit vectors that rounding explains
+LONG = 32  # words of a caption that stands for any length, where the tokenizer has no limit
 
 
 @torch.no_grad()
 def padding_is_inert(encoder: nn.Module, collator: Any) -> bool:
-    """Whether the embedding of a caption stays the same however far it is padded.
+    """Whether the embedding of a caption stays the same however far it is padded, on either side.
 
-    Not so in a tower that pools its last position, as SigLIP's does. There each chunk's own width would
-    change the result, so that captions have to be padded to the maximum.
+    Not so in a tower that pools its last position, as SigLIP's does, or where padding on the left moves the
+    positions that a tower counts. There each chunk's own width would change the result, so that captions have to
+    be padded to the maximum. (Rotary positions may move: a decoder's captions are padded to their chunk's width.)
+
+    Raises:
+        ValueError: it does not stay the same, and the collator knows no maximum length to pad to.
     """
-    if collator.padding == "max_length" or collator.max_length is None:
+    if collator.padding == "max_length":
         return True
     device = next(encoder.parameters()).device
-    short, long = "a", "a " * collator.max_length
+    short, long = "a", "a " * (collator.max_length or LONG)
     was_training = encoder.training
     encoder.eval()
     alone = encoder(text=send_to_device(collator.tokenize([short]), device))["text"]
     padded = encoder(text=send_to_device(collator.tokenize([short, long]), device))["text"][:1]
     encoder.train(was_training)
-    return bool((alone - padded).norm() < TOLERANCE)
+    inert = bool((alone - padded).norm() < TOLERANCE)
+    if not inert and collator.max_length is None:
+        raise ValueError(
+            "expected a maximum length, because the text tower sees how far captions are padded, got a tokenizer "
+            "without: pass max_length to the collator"
+        )
+    return inert

@@ -1,82 +1,41 @@
-"""Image-text data sets of one's own: from a folder, a table or the hub to pairs of image and caption.
+"""Image-text data sets of one's own: from rows to pairs of image and caption.
 
-`load_image_text` finds the data and leaves the reading to `datasets`. `ImageTextDataset` turns a row into
-a pair: it decodes the image itself, so that a broken file is reported by its row or left out, and draws one
+`load_image_text` (`sources.py`) finds the rows and leaves their reading to `datasets`. `ImageTextDataset` turns a row
+into a pair: it decodes the image itself, so that a broken file is reported by its row or left out, and draws one
 caption where a row has several. The draw depends on (seed, epoch, index) alone, so a resumed run repeats it.
+Of a stream, a row takes the place of its index (`rows.py`).
 """
 
+from collections.abc import Sequence
+from copy import copy
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
+import fsspec
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
 from gc_accel.data.epochs import SharedEpoch
+from gc_accel.data.precomputed import file_times
+from gc_accel.data.rows import StreamedRow, take_rows
+from gc_accel.data.sources import Rows, features_of, require_columns
 
-BUILDERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 MAX_WORKERS = 256
-
-
-def load_image_text(
-    source: str, split: str, *, name: str | None = None, image_column: str = "image"
-) -> datasets.Dataset:
-    """Load one split of an image-text data set.
-
-    Args:
-        source: a folder of images with a ``metadata.csv`` or ``metadata.jsonl`` (or any other folder that
-            ``datasets.load_dataset`` reads); a .csv, .tsv, .json, .jsonl or .parquet file, from whose folder
-            relative image paths count; or the name of a data set on the Hugging Face hub.
-        split: such as "train" or "train[:1%]". A single file is the split that is asked for.
-        name: the configuration, for a data set that has several.
-        image_column: where a file keeps its image paths.
-
-    Raises:
-        ValueError: ``source`` looks like a path but nothing is there, is a file of another kind, or has no
-            ``image_column``.
-    """
-    path = Path(source).expanduser()
-    if path.is_file():
-        return _load_file(path.resolve(), split, image_column)
-    if path.is_dir():
-        return datasets.load_dataset(str(path.resolve()), name, split=split)
-    if source.startswith(("/", ".", "~")) or source.count("/") > 1 or path.suffix.lower() in BUILDERS:
-        raise ValueError(
-            f"expected a folder, a {', '.join(BUILDERS)} file or the name of a data set on the hub, "
-            f"got {source!r}, and there is nothing at {path.absolute()}: check the path"
-        )
-    return datasets.load_dataset(source, name, split=split)
-
-
-def _load_file(path: Path, split: str, image_column: str) -> datasets.Dataset:
-    suffix = path.suffix.lower()
-    if suffix not in BUILDERS:
-        raise ValueError(f"expected a {', '.join(BUILDERS)} file, got {path}: convert it, or pass its folder")
-    # The files are given by the plain name of the split, without a slice such as "[:1%]".
-    files = {split.partition("[")[0]: str(path)}
-    separator = {"sep": "\t"} if suffix == ".tsv" else {}
-    dataset = datasets.load_dataset(BUILDERS[suffix], data_files=files, split=split, **separator)
-    _require_columns(dataset, image_column=image_column)
-    if dataset.features[image_column].dtype not in ("string", "large_string"):
-        return dataset
-    options = {"column": image_column, "folder": path.parent}
-    return dataset.map(_resolve, input_columns=image_column, fn_kwargs=options, batched=True)
-
-
-def _resolve(images: list[str | None], *, column: str, folder: Path) -> dict[str, list[str | None]]:
-    return {column: [image and str(folder / image) for image in images]}
+PARTS = {"image": "image_column", "text": "caption_column"}  # of an item, and who says where they are
 
 
 class ImageTextDataset(torch.utils.data.Dataset[dict[str, Any] | None]):
-    """Images with their captions, from the columns of a `datasets.Dataset`.
+    """Images with their captions, from the columns of a `datasets.Dataset` or a `datasets.IterableDataset`.
 
     An item is ``{"image": PIL image in RGB, "text": str}``, with an integer "label" if a label column is
     named, without "text" if no caption column is, or None for a row that is left out.
 
     Args:
-        dataset: one split. ``datasets.Dataset.from_list`` makes one from rows in memory.
+        dataset: one split. ``datasets.Dataset.from_list`` makes one from rows in memory. Of a stream, items
+            are found by `StreamedRow`, and there is no length.
         image_column: images, encoded bytes, ``{"bytes", "path"}`` or paths.
         caption_column: strings, or lists of strings of which each epoch draws one per row;
             None for images alone.
@@ -97,7 +56,7 @@ class ImageTextDataset(torch.utils.data.Dataset[dict[str, Any] | None]):
 
     def __init__(
         self,
-        dataset: datasets.Dataset,
+        dataset: Rows,
         *,
         image_column: str = "image",
         caption_column: str | None = "text",
@@ -110,15 +69,15 @@ class ImageTextDataset(torch.utils.data.Dataset[dict[str, Any] | None]):
             raise ValueError(f"expected on_bad_image 'error' or 'skip', got {on_bad_image!r}")
         asked = {"image_column": image_column, "caption_column": caption_column, "label_column": label_column}
         columns = {argument: column for argument, column in asked.items() if column is not None}
-        _require_columns(dataset, **columns)
+        features = features_of(dataset)
+        require_columns(features, **columns)
         if label_column is not None:
-            _require_integers(dataset, label_column)
-        if isinstance(dataset.features[image_column], datasets.Image):
-            # datasets would decode while it reads the row, and fail without saying which row it was.
-            dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+            _require_integers(features, label_column)
+        if isinstance(features[image_column], datasets.Image):
+            dataset = _undecoded(dataset, image_column)
         self._rows = dataset.select_columns(list(columns.values()))
         self._captions = dataset.select_columns([] if caption_column is None else [caption_column])
-        self.image_column = image_column
+        self.image_column: str | None = image_column
         self.caption_column = caption_column
         self.label_column = label_column
         self.root = Path(root or "")
@@ -131,13 +90,20 @@ class ImageTextDataset(torch.utils.data.Dataset[dict[str, Any] | None]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any] | None:
-        row = self._rows[index]
+    @property
+    def stream(self) -> datasets.IterableDataset | None:
+        """The rows, if they are a stream."""
+        return self._rows if isinstance(self._rows, datasets.IterableDataset) else None
+
+    def __getitem__(self, index: int | StreamedRow) -> dict[str, Any] | None:
+        row = index.row if isinstance(index, StreamedRow) else self._rows[index]
         item: dict[str, Any] = {}
         if self.caption_column is not None:
             item["text"] = self._draw_caption(row[self.caption_column], index)
         if self.label_column is not None:
             item["label"] = int(row[self.label_column])
+        if self.image_column is None:
+            return item
         try:
             item["image"] = _read_image(row[self.image_column], self.root)
         except Exception as error:  # PIL's decoders raise almost anything on corrupt bytes, even SyntaxError
@@ -160,14 +126,50 @@ class ImageTextDataset(torch.utils.data.Dataset[dict[str, Any] | None]):
         """How many times a row was left out because its image could not be read, over all workers."""
         return int(self._skipped.sum())
 
-    def texts(self, indices: list[int]) -> list[str]:
+    def take(self, count: int, *, seed: int = 0) -> "ImageTextDataset":
+        """Of a stream: some samples from its beginning (`take_rows`), in memory, as a map-style data set."""
+        assert self.stream is not None
+        part = copy(self)
+        part._rows = take_rows(self.stream, count, seed=seed)
+        captions = [] if self.caption_column is None else [self.caption_column]
+        part._captions = part._rows.select_columns(captions)
+        return part
+
+    def without(self, part: str) -> "ImageTextDataset":
+        """The same samples without their "image", which is then not opened, or without their "text"."""
+        rest, attribute = copy(self), PARTS[part]
+        rest._rows = self._rows.remove_columns(getattr(self, attribute))
+        setattr(rest, attribute, None)
+        return rest
+
+    def fingerprint(self, part: str) -> str:
+        """Of all images, with the times of their files, or of all texts.
+
+        Raises:
+            ValueError: rows are a stream, or have lists of captions, of which each epoch draws one.
+        """
+        column = getattr(self, PARTS[part])
+        lists = isinstance(self._rows.features[column], (datasets.List, datasets.LargeList))
+        drawn = part == "text" and lists
+        if drawn or self.stream is not None:
+            found = f"lists in {column!r}, of which each draws one" if drawn else "a stream"
+            raise ValueError(f"expected a {part} for every row, the same in every epoch, got {found}")
+        rows = self._rows.select_columns([column])
+        files = "" if part == "text" else file_times(rows.data.column(column), self.root)
+        return f"{rows._fingerprint} {self.root} {self.on_bad_image} {files}"
+
+    def texts(self, indices: Sequence[int | StreamedRow]) -> list[str]:
         """The captions that this epoch draws; no image is read."""
-        captions = self._captions[indices][self.caption_column]
+        column = str(self.caption_column)
+        if self.stream is None:
+            captions = self._captions[indices][column]
+        else:
+            captions = [index.row[column] for index in indices if isinstance(index, StreamedRow)]
         return [self._draw_caption(each, index) for each, index in zip(captions, indices, strict=True)]
 
-    def _draw_caption(self, caption: Any, index: int) -> str:
+    def _draw_caption(self, caption: Any, index: int | StreamedRow) -> str:
         if isinstance(caption, list) and caption:
-            draw = np.random.default_rng((self.seed, int(self._epoch), index))
+            draw = np.random.default_rng((self.seed, int(self._epoch), int(index)))
             caption = caption[draw.integers(len(caption))]
         if not isinstance(caption, str):
             raise ValueError(
@@ -182,26 +184,28 @@ class ImageTextDataset(torch.utils.data.Dataset[dict[str, Any] | None]):
         self._skipped[0 if worker is None else 1 + worker.id % MAX_WORKERS] += 1
 
 
-def _require_columns(dataset: datasets.Dataset, **columns: str) -> None:
-    for argument, column in columns.items():
-        if column not in dataset.column_names:
-            raise ValueError(
-                f"expected a column {column!r}, got a data set with {dataset.column_names}: set {argument}"
-            )
+def _undecoded(dataset: Rows, column: str) -> Rows:
+    """Images as they are stored: `datasets` would decode with the row, and fail without saying which row it was."""
+    if isinstance(dataset, datasets.IterableDataset):
+        return dataset.decode(False)
+    return dataset.cast_column(column, datasets.Image(decode=False))
 
 
-def _require_integers(dataset: datasets.Dataset, column: str) -> None:
-    feature = dataset.features[column]
+def _require_integers(features: datasets.Features, column: str) -> None:
+    feature = features[column]
     if "int" not in str(feature.dtype):
         raise ValueError(
             f"expected integers in the column {column!r}, got {feature}: "
-            f"use dataset.class_encode_column({column!r})"
+            f"use dataset.class_encode_column({column!r}), or for a stream cast_column to a ClassLabel with names"
         )
 
 
 def _read_image(value: Any, root: Path) -> Image.Image:
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
+    if isinstance(value, str) and "://" in value:  # in an archive or on a server
+        with fsspec.open(value) as file:
+            value = file.read()
     if isinstance(value, Image.Image):
         return _to_rgb(value)
     with Image.open(BytesIO(value) if isinstance(value, bytes) else root / value) as image:

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gc_accel.data.epochs import SharedEpoch
-from gc_accel.data.readers import BUILDERS
+from gc_accel.data.sources import BUILDERS
 
 Item = Mapping[str, Any]
 Tokens = dict[str, Tensor]

@@ -7,8 +7,9 @@ Shape letters: B batch, C chunk, V views, H height, W width.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
+import datasets
 import numpy as np
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ class MultiViewDataset(Dataset[dict[str, Any] | None]):
     the sample has one; a sample that the data set leaves out (None) is left out here.
 
     Args:
-        dataset: map-style, with samples ``{"image", "label"?}``.
+        dataset: with samples ``{"image", "label"?}``, map-style or over a stream.
         transform: from an image to its views, such as `simclr_transform(32)`. It must draw from torch's
             default generator, as torchvision's transforms do, and not from `random` or numpy.
         seed: of the views.
@@ -79,11 +80,17 @@ class MultiViewDataset(Dataset[dict[str, Any] | None]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict[str, Any] | None:
+    @property
+    def stream(self) -> datasets.IterableDataset | None:
+        """The rows of the data set, if they are a stream."""
+        return getattr(self.dataset, "stream", None)
+
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any] | None:
         sample = self.dataset[index]
         if sample is None:
             return None
-        entropy = np.random.SeedSequence((self.seed, int(self._epoch), index)).generate_state(1, np.uint64)
+        draw = np.random.SeedSequence((self.seed, int(self._epoch), int(index)))
+        entropy = draw.generate_state(1, np.uint64)
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would reach for the generators of the accelerators too.
             torch.default_generator.manual_seed(int(entropy[0]))
@@ -93,6 +100,11 @@ class MultiViewDataset(Dataset[dict[str, Any] | None]):
     def set_epoch(self, epoch: int) -> None:
         """Draw the views of this epoch from now on, also in workers that are already running."""
         self._epoch.set(epoch)
+
+    @property
+    def skipped(self) -> int:
+        """How many times the data set left a sample out."""
+        return getattr(self.dataset, "skipped", 0)
 
 
 class ViewsCollator:

@@ -50,8 +50,8 @@ class DualEncoder(Checkpointing, nn.Module):
     """
 
     streams: Mapping[str, Sequence[str]] = {
-        "image": ("pixel_values", "pixel_attention_mask", "spatial_shapes"),
-        "text": ("input_ids", "attention_mask", "position_ids", "token_type_ids"),
+        "image": ("pixel_values", "pixel_attention_mask", "spatial_shapes", "image_embeds"),
+        "text": ("input_ids", "attention_mask", "position_ids", "token_type_ids", "text_embeds"),
     }
 
     def __init__(
@@ -90,8 +90,9 @@ class DualEncoder(Checkpointing, nn.Module):
         """Encode what is given.
 
         Args:
-            image: `pixel_values` `(C, 3, H, W)`, normalised, or uint8.
-            text: `input_ids` `(C, L)` and what else the text tower takes.
+            image: `pixel_values` `(C, 3, H, W)`, normalised, or uint8; or `image_embeds` `(C, D)`, what a frozen
+                tower gave before, which are handed over as they are.
+            text: `input_ids` `(C, L)` and what else the text tower takes; or `text_embeds`, likewise.
 
         Returns:
             `image` and `text`, L2-normalised, `(C, D)`; `logit_scale` `(1,)`, the exponential of the
@@ -99,9 +100,9 @@ class DualEncoder(Checkpointing, nn.Module):
         """
         outputs = {}
         if image is not None:
-            outputs["image"] = F.normalize(self._image_features(image), dim=-1)
+            outputs["image"] = self._image_features(image)
         if text is not None:
-            outputs["text"] = F.normalize(self._text_features(text), dim=-1)
+            outputs["text"] = self._text_features(text)
         parameters = {name: getattr(self.model, name) for name in self.global_names}
         return outputs | {n: p.exp() if n == "logit_scale" else p + 0 for n, p in parameters.items()}
 
@@ -163,16 +164,27 @@ class DualEncoder(Checkpointing, nn.Module):
         weights |= {name: weights[name].reshape(1) for name in self.shapes}
         self.model.load_state_dict(weights)
 
+    def tower(self, stream: str) -> dict[str, Tensor]:
+        """Parameters and buffers of one tower, by name, and what normalises its images."""
+        tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
+        normalise = dict(self.normalise.named_buffers(prefix="normalise")) if stream == "image" else {}
+        return {name: value for name, value in tensors if _stream_of(name) == stream} | normalise
+
     def _image_features(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        if "image_embeds" in inputs:
+            return inputs["image_embeds"]
         pixels = self.normalise(inputs["pixel_values"])
         if self.is_open_clip:
-            return self.model.encode_image(pixels)
-        return self.model.get_image_features(**{**inputs, "pixel_values": pixels}).pooler_output
+            return self.model.encode_image(pixels, normalize=True)
+        outputs = self.model.get_image_features(**{**inputs, "pixel_values": pixels})
+        return F.normalize(outputs.pooler_output, dim=-1)
 
     def _text_features(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        if "text_embeds" in inputs:
+            return inputs["text_embeds"]
         if self.is_open_clip:
-            return self.model.encode_text(inputs["input_ids"])
-        return self.model.get_text_features(**inputs).pooler_output
+            return self.model.encode_text(inputs["input_ids"], normalize=True)
+        return F.normalize(self.model.get_text_features(**inputs).pooler_output, dim=-1)
 
 
 def _stream_of(name: str) -> str | None:

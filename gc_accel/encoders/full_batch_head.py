@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gc_accel.distributed import GlobalLoss, RankedBatch
+from gc_accel.losses.accumulated import StatefulLoss
 
 HEADS = "heads"
 
@@ -76,7 +77,16 @@ class FullBatchHead(nn.Module):
     def loss(
         self, loss_fn: Callable[..., Tensor], *, process_group: dist.ProcessGroup | None = None
     ) -> "LossBehindHeads":
-        """The loss of what the heads make of the features."""
+        """The loss of what the heads make of the features.
+
+        Raises:
+            ValueError: for a loss with a queue or a momentum encoder, which nobody would move.
+        """
+        if isinstance(loss_fn, StatefulLoss) and loss_fn.state_dict():
+            raise ValueError(
+                f"expected a loss without a state behind heads, got {type(loss_fn).__name__}: give the encoder a head "
+                "of its own, without BatchNorm"
+            )
         return LossBehindHeads(self.heads, loss_fn, process_group)
 
     def _head_parameters(self) -> list[tuple[str, nn.Parameter]]:

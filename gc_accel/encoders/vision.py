@@ -4,7 +4,8 @@ The single-encoder counterpart of `DualEncoder`, for SimCLR, SupCon and SelfCon.
 in one tensor or list with the sample as its first dimension, so no way of cutting a batch can pair the views
 of different samples.
 
-Shape letters: C chunk, V views, E exits, F features, D dim of the representations, H, W height and width.
+Shape letters: C chunk, V views, E exits, F features, D dim of the representations, K prototypes, H, W height and
+width.
 """
 
 import json
@@ -21,11 +22,12 @@ from transformers import PreTrainedModel
 from gc_accel.encoders.backbones import open_backbone
 from gc_accel.encoders.checkpointing import Checkpointing
 from gc_accel.encoders.features import FeatureReader, Pooling
-from gc_accel.encoders.heads import Head, projection_head
+from gc_accel.encoders.heads import Head, further_heads, projection_head
 from gc_accel.encoders.pixels import PixelNorm
 from gc_accel.encoders.resolutions import encode_views
 
-CONFIG, HEAD, WEIGHTS = "vision_encoder.json", "head.safetensors", "model.safetensors"
+CONFIG, WEIGHTS = "vision_encoder.json", "model.safetensors"
+HEADS = {"heads": "head.safetensors", "further": "further.safetensors"}  # beside the backbone's file
 
 
 class VisionEncoder(Checkpointing, nn.Module):
@@ -36,11 +38,14 @@ class VisionEncoder(Checkpointing, nn.Module):
             `ResNetModel`, ...), a model of timm, the `visual` tower of open_clip, or any module that returns
             features `(C, F)`, tokens `(C, L, F)` or a map `(C, F, h, w)`. Used as it is, not copied.
         pooling: "cls", "mean" or "pooler", see `FeatureReader`; the model's own by default.
-        head: "mlp" (SimCLR), "linear" or "none".
+        head: "mlp" (SimCLR), "norm_mlp" (with LayerNorm), "linear" or "none".
         projection_dim: D.
         hidden_dim: of the MLP; F by default.
         exits: modules of the backbone whose outputs become further representations, each through a head of
             its own (SelfCon, arXiv 2106.15499): `["encoder.layer.5"]`, names as in `backbone.named_modules()`.
+        predictor: hidden width of a second MLP on the projections (BYOL, SimSiam, NNCLR, MoCo v3), with LayerNorm
+            where papers have BatchNorm.
+        prototypes: K, how many the projections are compared with (SwAV).
         normalize: to unit length.
         image_mean: per channel, in 0..1; with `image_std` it lets uint8 images in, which are then normalised
             on the device (see `gc_accel.data.image_statistics`).
@@ -70,6 +75,8 @@ class VisionEncoder(Checkpointing, nn.Module):
         projection_dim: int = 128,
         hidden_dim: int | None = None,
         exits: Sequence[str] = (),
+        predictor: int | None = None,
+        prototypes: int | None = None,
         normalize: bool = True,
         image_mean: Sequence[float] | None = None,
         image_std: Sequence[float] | None = None,
@@ -85,7 +92,10 @@ class VisionEncoder(Checkpointing, nn.Module):
             raise ValueError(f"expected a head for features of different widths, got 'none' for {widths}")
         weight = next(backbone.parameters())
         self.heads = nn.ModuleList(projection_head(head, f, hidden_dim, projection_dim) for f in widths)
-        self.heads.to(weight.device, weight.dtype)
+        dim = widths[-1] if head == "none" else projection_dim
+        self.further = further_heads(dim, predictor, prototypes)
+        for heads in (self.heads, self.further):
+            heads.to(weight.device, weight.dtype)
         if freeze_backbone:
             backbone.requires_grad_(False)
         self.options = {
@@ -94,6 +104,8 @@ class VisionEncoder(Checkpointing, nn.Module):
             "projection_dim": projection_dim,
             "hidden_dim": hidden_dim,
             "exits": list(exits),
+            "predictor": predictor,
+            "prototypes": prototypes,
             "normalize": normalize,
             "image_mean": None if image_mean is None else list(image_mean),
             "image_std": None if image_std is None else list(image_std),
@@ -119,7 +131,7 @@ class VisionEncoder(Checkpointing, nn.Module):
         config = Path(name_or_path) / CONFIG
         if config.is_file():
             encoder = cls(backbone, **(json.loads(config.read_text()) | options))
-            encoder.heads.load_state_dict(load_file(config.with_name(HEAD)))
+            encoder._load_heads(config.parent)
             return encoder
         return cls(backbone, **(({"pooling": "cls"} if pooler_is_new else {}) | options))
 
@@ -131,9 +143,13 @@ class VisionEncoder(Checkpointing, nn.Module):
                 `(C, 3, H, W)` of any resolutions, or `(C, 3, H, W)`, one view.
 
         Returns:
-            `views` `(C, V * (E + 1), D)`: of each view its exits, then its final representation.
+            `views` `(C, V * (E + 1), D)`: of each view its exits, then its final representation. With a predictor
+            `predictions` of the same shape, with prototypes `scores` `(C, V * (E + 1), K)`, cosines.
         """
-        return {"views": encode_views(self._represent, views["pixel_values"]).flatten(1, 2)}
+        reps = encode_views(self._represent, views["pixel_values"]).flatten(1, 2)
+        found = {"views": reps} | {name: head(reps) for name, head in self.further.items()}
+        lengths = ("views", "predictions") if self.normalize else ()
+        return {name: F.normalize(out, dim=-1) if name in lengths else out for name, out in found.items()}
 
     def features(self, pixel_values: Tensor) -> Tensor:
         """Features `(C, F)` of the backbone for images `(C, 3, H, W)`, without the head: what probes use."""
@@ -169,7 +185,7 @@ class VisionEncoder(Checkpointing, nn.Module):
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        parts: dict[str, dict[str, Tensor]] = {"backbone": {}, "heads": {}}
+        parts: dict[str, dict[str, Tensor]] = {"backbone": {}, "heads": {}, "further": {}}
         for name, value in (self.state_dict() if state_dict is None else state_dict).items():
             part, _, key = name.partition(".")
             parts[part][key] = value.contiguous()
@@ -177,7 +193,9 @@ class VisionEncoder(Checkpointing, nn.Module):
             self.backbone.save_pretrained(directory, state_dict=parts["backbone"])
         else:
             save_file(parts["backbone"], directory / WEIGHTS)
-        save_file(parts["heads"], directory / HEAD)
+        for part, file in HEADS.items():
+            if parts[part] or part == "heads":
+                save_file(parts[part], directory / file)
         (directory / CONFIG).write_text(json.dumps(self.options, indent=2) + "\n")
 
     def load_pretrained(self, directory: str | Path) -> None:
@@ -189,10 +207,15 @@ class VisionEncoder(Checkpointing, nn.Module):
             saved = load_file(directory / WEIGHTS)
         own = self.backbone.state_dict()  # saved without its pooler, a model is opened with a new one
         self.backbone.load_state_dict({name: value for name, value in saved.items() if name in own})
-        self.heads.load_state_dict(load_file(directory / HEAD))
+        self._load_heads(directory)
+
+    def _load_heads(self, directory: Path) -> None:
+        for part, file in HEADS.items():
+            own = getattr(self, part)
+            if len(own):
+                own.load_state_dict(load_file(directory / file))
 
     def _represent(self, pixels: Tensor) -> Tensor:
-        """Images `(N, 3, H, W)` to `(N, E + 1, D)`."""
+        """Images `(N, 3, H, W)` to projections `(N, E + 1, D)`."""
         features = self.reader(self.backbone, self.normalise_pixels(pixels))
-        reps = torch.stack([head(each) for head, each in zip(self.heads, features, strict=True)], dim=1)
-        return F.normalize(reps, dim=-1) if self.normalize else reps
+        return torch.stack([head(each) for head, each in zip(self.heads, features, strict=True)], dim=1)

@@ -1,0 +1,97 @@
+"""Where image-text data comes from: a folder, a file, several of them, or the hub; to be loaded or streamed."""
+
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+BUILDERS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".tar": "webdataset",
+}
+Rows = Any  # datasets.Dataset or datasets.IterableDataset
+
+
+def load_image_text(
+    source: str,
+    split: str,
+    *,
+    name: str | None = None,
+    image_column: str = "image",
+    streaming: bool = False,
+) -> Rows:
+    """Load one split of an image-text data set.
+
+    Args:
+        source: a folder of images with a ``metadata.csv`` or ``metadata.jsonl`` (or any other folder that
+            ``datasets.load_dataset`` reads, such as one of webdataset shards); a .csv, .tsv, .json, .jsonl,
+            .parquet or .tar (webdataset) file, or a pattern with ``*`` for several of them, from whose folder
+            relative image paths count; or the name of a data set on the Hugging Face hub.
+        split: such as "train" or "train[:1%]". A single file is the split that is asked for.
+        name: the configuration, for a data set that has several.
+        image_column: where a file keeps its image paths.
+        streaming: read rows as they are needed, images undecoded, without a copy on disk.
+
+    Raises:
+        ValueError: ``source`` looks like a path but nothing is there, is a file of another kind, or has no
+            ``image_column``; a part of a split is to be streamed.
+    """
+    if streaming and "[" in split:
+        raise ValueError(f"expected a whole split to stream, got {split!r}: leave the part in brackets out")
+    options: dict[str, Any] = {"split": split} | ({"streaming": True} if streaming else {})
+    rows = _load(source, name, image_column, options)
+    return rows.decode(False) if streaming and rows.features else rows
+
+
+def _load(source: str, name: str | None, image_column: str, options: dict[str, Any]) -> Rows:
+    path = Path(source).expanduser()
+    files = [Path(file).resolve() for file in sorted(glob(str(path)))] if "*" in source else [path.resolve()]
+    if files and all(file.is_file() for file in files):
+        return _load_files(files, image_column, options)
+    if path.is_dir():
+        return datasets.load_dataset(str(path.resolve()), name, **options)
+    if source.startswith(("/", ".", "~")) or source.count("/") > 1 or path.suffix.lower() in BUILDERS:
+        raise ValueError(
+            f"expected a folder, a {', '.join(BUILDERS)} file or the name of a data set on the hub, "
+            f"got {source!r}, and there is nothing at {path.absolute()}: check the path"
+        )
+    return datasets.load_dataset(source, name, **options)
+
+
+def _load_files(files: list[Path], image_column: str, options: dict[str, Any]) -> Rows:
+    path, suffix = files[0], files[0].suffix.lower()
+    if suffix not in BUILDERS:
+        raise ValueError(f"expected a {', '.join(BUILDERS)} file, got {path}: convert it, or pass its folder")
+    # The files are given by the plain name of the split, without a slice such as "[:1%]".
+    data_files = {options["split"].partition("[")[0]: [str(file) for file in files]}
+    separator = {"sep": "\t"} if suffix == ".tsv" else {}
+    dataset = datasets.load_dataset(BUILDERS[suffix], data_files=data_files, **options, **separator)
+    features = features_of(dataset)
+    require_columns(features, image_column=image_column)
+    if features[image_column].dtype not in ("string", "large_string"):
+        return dataset
+    paths = {"column": image_column, "folder": path.parent}
+    return dataset.map(_resolve, input_columns=image_column, fn_kwargs=paths, batched=True)
+
+
+def features_of(dataset: Rows) -> datasets.Features:
+    """Columns and their types; a stream may not say, and then its first row does."""
+    return dataset.features or datasets.Dataset.from_list(list(dataset.take(1))).features
+
+
+def require_columns(features: datasets.Features, **columns: str) -> None:
+    """Raise ValueError for a column that is missing, naming the argument to set."""
+    for argument, column in columns.items():
+        if column not in features:
+            raise ValueError(
+                f"expected a column {column!r}, got a data set with {list(features)}: set {argument}"
+            )
+
+
+def _resolve(images: list[str | None], *, column: str, folder: Path) -> dict[str, list[str | None]]:
+    return {column: [image and str(folder / image) for image in images]}

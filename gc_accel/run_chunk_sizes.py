@@ -1,0 +1,79 @@
+"""The chunk sizes of a run: given or measured at its start, smaller after memory has run out, kept on resume.
+
+What the loader cuts stays the same for the whole run, and what the encoder sees at once becomes a part of that. Both
+are in the trainer's state, because random draws go by chunk: a run that is resumed has to cut like before.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging
+
+from gc_accel.arguments import CachedContrastiveArguments
+from gc_accel.chunk_size import PROBE, fit_chunk_size
+from gc_accel.distributed import Replicas
+from gc_accel.distributed.collectives import lowest
+
+KEY = "chunk_sizes"  # among the states of the callbacks, the part of the trainer's state that is free in form
+# Copies of the weights that train, which come after the measurement: Adam's two, and the buckets of a reduction.
+LATER_COPIES = 3
+logger = logging.get_logger(__name__)
+
+
+class RunChunkSizes:
+    """What is known of them.
+
+    Attributes:
+        of_loader: samples of a chunk as it is cut from the data.
+        of_encoder: samples that the encoder sees at once, for all streams or by stream.
+    """
+
+    def __init__(self) -> None:
+        self.of_loader = 0
+        self.of_encoder: int | Mapping[str, int] = 0
+
+    def settle(
+        self,
+        args: CachedContrastiveArguments,
+        accelerator: Accelerator,
+        model: nn.Module,
+        open_loader: Callable[[int], Iterable[Any]],
+    ) -> None:
+        """Take the size that is given, or measure with a chunk of the data, unless a checkpoint has said it.
+
+        Args:
+            model: of the trainer, before it is prepared.
+            open_loader: from a chunk size to a loader of batches.
+        """
+        if args.chunk_size != "auto":
+            if self.of_loader != int(args.chunk_size):
+                self.of_loader = self.of_encoder = int(args.chunk_size)
+            return
+        if self.of_loader:
+            return
+        sample = next(iter(next(iter(open_loader(PROBE)))))
+        encoder = extract_model_from_parallel(model, keep_torch_compile=False)
+        reserved = LATER_COPIES * sum(each.nbytes for each in encoder.parameters() if each.requires_grad)
+        with accelerator.autocast():
+            found = fit_chunk_size(sample, Replicas(encoder, None), args.memory_budget, reserved=reserved)
+        found = min(found, args.per_device_train_batch_size)
+        self.of_loader = self.of_encoder = int(lowest([found], args.device)[0])
+        logger.warning("chunk_size='auto': chunks of %d samples.", self.of_loader)
+
+    def note(self, chunk_sizes: Mapping[str, int], state: TrainerState) -> None:
+        """After a step, what the encoder's have become, into the trainer's state."""
+        self.of_encoder = dict(chunk_sizes)
+        state.stateful_callbacks[KEY] = {"loader": self.of_loader, "encoder": self.of_encoder}
+
+    def remember(self, checkpoint: str) -> None:
+        """On resume, take those of the checkpoint."""
+        file = Path(checkpoint) / TRAINER_STATE_NAME
+        noted = TrainerState.load_from_json(str(file)).stateful_callbacks.get(KEY) if file.is_file() else None
+        if noted is not None:
+            self.of_loader, self.of_encoder = noted["loader"], noted["encoder"]

@@ -1,0 +1,69 @@
+"""From arguments to the loader that training reads: of a map-style data set, or of a stream."""
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from gc_accel.arguments import CachedContrastiveArguments
+from gc_accel.chunk_size import CALLS_OF
+from gc_accel.data import BatchPlan, ChunkedLoader, StreamLoader, StreamPlan
+from gc_accel.data.rows import stream_of
+
+
+def training_loader(
+    dataset: Any, collator: Any, args: CachedContrastiveArguments, chunk_size: int
+) -> ChunkedLoader:
+    """Batches for the trainer: as many per epoch as `drop_last` leaves of a data set, or `max_steps` of a stream.
+
+    Args:
+        dataset: with `texts`, by which a batch can be sorted, if it has some.
+        collator: with `token_lengths`, if chunks are bounded in tokens.
+        chunk_size: samples of a chunk.
+
+    Raises:
+        ValueError: the data set does not fill a global batch, or is a stream that nobody decodes.
+    """
+    texts = getattr(dataset, "texts", None) if args.sort_by_length else None
+    lengths = None if texts is None else partial(_in_characters, texts)
+    if texts is not None and args.chunk_tokens is not None:
+        lengths = partial(_in_tokens, texts, collator)
+    planned: dict[str, Any] = {
+        "batch_size": args.per_device_train_batch_size,
+        "chunk_size": _samples_per_load(args, chunk_size),
+        "rank": args.process_index,
+        "world_size": args.world_size,
+        "seed": args.seed if args.data_seed is None else args.data_seed,
+        "lengths": lengths,
+        "chunk_tokens": args.chunk_tokens,
+    }
+    workers = args.dataloader_num_workers
+    options: dict[str, Any] = {
+        "num_workers": workers,
+        "pin_memory": args.dataloader_pin_memory and torch.cuda.is_available(),
+        "prefetch_factor": args.dataloader_prefetch_factor,
+        "persistent_workers": args.dataloader_persistent_workers and workers > 0,
+    }
+    stream = stream_of(dataset)
+    if stream is None:
+        return ChunkedLoader(dataset, BatchPlan(len(dataset), **planned), collator, **options)
+    planned |= {"batches": args.max_steps * args.gradient_accumulation_steps, "read_ahead": workers > 0}
+    plan = StreamPlan(stream, shuffle_buffer=args.shuffle_buffer, **planned)
+    return StreamLoader(dataset, plan, collator, device=args.device, **options)
+
+
+def _samples_per_load(args: CachedContrastiveArguments, chunk_size: int) -> int:
+    """What is loaded at once: as many whole chunks as may go into a call of the first pass."""
+    if args.chunk_tokens is not None:
+        return chunk_size
+    by_default = chunk_size if args.device.type == "cpu" else CALLS_OF * chunk_size
+    return max(1, (args.forward_chunk_size or by_default) // chunk_size) * chunk_size
+
+
+def _in_characters(texts: Any, indices: list[Any]) -> list[int]:
+    """Lengths of some samples, counted faster than in tokens."""
+    return [len(text) for text in texts(indices)]
+
+
+def _in_tokens(texts: Any, collator: Any, indices: list[Any]) -> list[int]:
+    return collator.token_lengths(texts(indices))

@@ -1,0 +1,104 @@
+"""Every method of `examples/vision_train.py`: its recipe makes a loss and an encoder that fit each other."""
+
+import math
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gc_accel import GradientCache
+from gc_accel.losses import LOSSES
+from tests.launching import ROOT, launch, metrics
+
+BATCH = ["--per_device_train_batch_size", "128", "--chunk_size", "48", "--projection_dim", "16"]
+SHORT = ["--max_steps", "3", "--use_cpu", "--eval_strategy", "no", "--save_steps", "2"]
+
+
+@pytest.fixture
+def examples(monkeypatch):
+    """The modules of the example, as its own folder sees them."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import vision_models
+    import vision_recipes
+
+    yield vision_models, vision_recipes
+    for name in ("vision_models", "vision_recipes"):
+        del sys.modules[name]
+
+
+def make(examples, loss, **flags):
+    """An encoder and a loss, and a batch for them."""
+    models, recipes = examples
+    recipe = recipes.RECIPES[loss]
+    args = models.ModelArguments(projection_dim=8)
+    torch.manual_seed(0)
+    encoder = models.load_encoder(args, models.pixels_of(None, 16), recipe.exits, recipe.encoder)
+    made = recipes.make_loss(recipes.LossArguments(loss=loss, **flags), encoder)
+    batch = {
+        "pixel_values": torch.randn(6, recipe.views, 3, 16, 16),
+        "labels": torch.tensor([0, 1, 0, 2, 1, 0]),
+    }
+    return encoder.train(), made, batch
+
+
+def test_every_vision_loss_has_a_recipe(examples):
+    _, recipes = examples
+    assert set(recipes.RECIPES) == set(LOSSES) - {"clip", "siglip", "dclw"}
+
+
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name not in ("clip", "siglip", "dclw")])
+def test_a_recipe_trains(examples, loss):
+    encoder, made, batch = make(examples, loss)
+    before = {name: p.detach().clone() for name, p in encoder.named_parameters()}
+    optimizer = torch.optim.SGD(encoder.parameters(), lr=0.1)
+    values = []
+    for _ in range(3):
+        values.append(float(GradientCache(encoder, made, 4).forward_backward(batch)))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(math.isfinite(value) for value in values)
+    still = [name for name, p in encoder.named_parameters() if torch.equal(p, before[name])]
+    assert not still
+
+
+@pytest.mark.parametrize(("loss", "size"), [("swav", 4), ("moco", 4), ("nnclr", 4)])
+def test_a_queue_can_be_asked_for(examples, loss, size):
+    encoder, made, batch = make(examples, loss, queue_size=size)
+    assert len(made.queue.rows) == size
+    assert made.queue.rows.shape[-1] == 8
+    for _ in range(2):
+        GradientCache(encoder, made, 4).forward_backward(batch)
+    assert made.queue.is_full
+
+
+@pytest.mark.parametrize(
+    ("loss", "flags"),
+    [("simclr", {"momentum": 0.9}), ("byol", {"temperature": 0.1}), ("simsiam", {"queue_size": 3})],
+)
+def test_flags_without_a_use_are_refused(examples, loss, flags):
+    with pytest.raises(ValueError, match=f"expected no --{next(iter(flags))} for --loss {loss}"):
+        make(examples, loss, **flags)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("loss", "options", "config"),
+    [
+        ("byol", [], "ddp_cpu.yaml"),
+        ("swav", ["--queue_size", "200"], "ddp_cpu.yaml"),
+        ("nnclr", [], "cpu.yaml"),
+    ],
+)
+def test_a_run_resumes_with_its_state(tmp_path, loss, options, config):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    arguments = ["--loss", loss, *options, *BATCH, *SHORT]
+    launch("vision_train.py", "--output_dir", whole, *arguments, config=config)
+    again = ["--resume_from_checkpoint", whole / "checkpoint-2"]
+    launch("vision_train.py", "--output_dir", resumed, *arguments, *again, config=config)
+    assert 0 < metrics(whole)["eval_probe_last_backbone"] <= 1
+    for file in ("model", "head", "further", "loss"):
+        first, second = (load_file(folder / f"{file}.safetensors") for folder in (whole, resumed))
+        assert first
+        for name, value in first.items():
+            assert torch.equal(second[name], value), name

@@ -1,0 +1,48 @@
+"""The planner as a person runs it, and its forecast against resident memory."""
+
+import sys
+
+import pytest
+
+from benchmarks.planning import measure_apart
+from tests.launching import QUICK, launch
+from tests.test_examples import SMALL
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("clip", 1024, 64, "0"),
+        ("clip", 1024, 128, "1"),
+        ("vit", 8, 2, "1"),
+        ("vit", 16, 4, "3"),
+        ("resnet", 8, 2, "0"),
+        ("resnet", 16, 4, "1"),
+    ],
+)
+def test_forecast_is_within_15_percent_of_resident_memory(case):
+    measured, forecast = measure_apart(*case)
+    assert measured > 20 * 2**20
+    assert forecast == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu.yaml", "ddp_cpu.yaml"])
+def test_plan_prints_and_stops(tmp_path, config):
+    run = launch("clip_train.py", "--output_dir", tmp_path / "out", *SMALL, *QUICK, "--plan", config=config)
+    assert run.stdout.count("Suggested: chunk_size=") == 1, "one of the processes prints"
+    assert "A step with 16 samples" in run.stdout
+    assert ("on each of 2 devices" in run.stdout) == (config == "ddp_cpu.yaml")
+    assert not list(tmp_path.rglob("*.safetensors")), "nothing was trained"
+
+
+@pytest.mark.slow
+def test_plan_of_a_vision_model_and_of_a_loss_without_a_cache(tmp_path):
+    options = ["--output_dir", tmp_path / "out", "--per_device_train_batch_size", "32", *QUICK, "--plan"]
+    run = launch("vision_train.py", *options, "--gradient_checkpointing", "False")
+    assert "A step with 32 samples on one device, chunk_size=64" in run.stdout
+    run = launch("vision_train.py", *options, "--loss", "byol", check=False)
+    assert run.returncode != 0
+    assert "expected a loss over all pairs to plan with, got BYOLLoss" in run.stderr

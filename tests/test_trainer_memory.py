@@ -1,0 +1,71 @@
+"""The trainer and memory: sizes that are measured, graphs that are kept, steps that are made again, all on resume."""
+
+import json
+
+import pytest
+import torch
+from transformers import TrainerState
+
+from gc_accel.losses import CLIPLoss
+from tests.test_trainer import clip_model, make_trainer, weights
+
+pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
+BUDGET = 30 * 2**20  # bytes, in which several chunks of the small model fit
+
+
+def test_automatic_sizes_are_found_once_and_stay(tmp_path):
+    trainer = make_trainer(tmp_path, chunk_size="auto", retain="auto", memory_budget=BUDGET)
+    trainer.train()
+    assert 1 <= trainer.chunk_sizes.of_loader <= 8
+    assert trainer.cache.retention.automatic is not None, "one cache for all steps, which remembers"
+
+
+class OutOfMemoryOnce(CLIPLoss):
+    """Raises in the step of that number."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.countdown = step
+
+    def forward(self, image, text, **shared):
+        self.countdown -= 1
+        if self.countdown == 0:
+            raise torch.OutOfMemoryError("injected")
+        return super().forward(image, text, **shared)
+
+
+def test_a_run_goes_on_with_smaller_chunks_and_resumes_with_them(tmp_path):
+    options = {"chunk_size": 4, "save_strategy": "steps", "save_steps": 3, "num_train_epochs": 1}
+    run = make_trainer(tmp_path / "run", model=clip_model(dropout=0.3), loss=OutOfMemoryOnce(2), **options)
+    run.train()
+    assert run.state.global_step == 6
+    state = json.loads((tmp_path / "run/checkpoint-3/trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["chunk_sizes"] == {"loader": 4, "encoder": {"image": 2, "text": 2}}
+
+    resumed = make_trainer(tmp_path / "resumed", model=clip_model(dropout=0.3), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-3"))
+    for name, value in weights(resumed).items():
+        assert torch.equal(value, weights(run)[name]), name
+    afresh = make_trainer(tmp_path / "afresh", model=clip_model(dropout=0.3), **options)
+    afresh.train()
+    assert not torch.equal(weights(afresh)["text_projection.weight"], weights(run)["text_projection.weight"])
+
+
+def test_a_measured_size_comes_back_on_resume(tmp_path, monkeypatch):
+    options = {"chunk_size": "auto", "memory_budget": BUDGET, "save_strategy": "steps", "save_steps": 3}
+    options["num_train_epochs"] = 1
+    run = make_trainer(tmp_path / "run", model=clip_model(dropout=0.3), **options)
+    run.train()
+    resumed = make_trainer(tmp_path / "resumed", model=clip_model(dropout=0.3), **options)
+    monkeypatch.setattr("gc_accel.run_chunk_sizes.fit_chunk_size", None)  # not to be called
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-3"))
+    assert resumed.chunk_sizes.of_loader == run.chunk_sizes.of_loader
+    for name, value in weights(resumed).items():
+        assert torch.equal(value, weights(run)[name]), name
+    assert isinstance(resumed.state, TrainerState)
+
+
+@pytest.mark.parametrize("options", [{"chunk_size": "many"}, {"chunk_size": 0}, {"retain": "most"}])
+def test_refuses_what_is_no_size(tmp_path, options):
+    with pytest.raises(ValueError, match="expected"):
+        make_trainer(tmp_path, **options)
