@@ -108,7 +108,7 @@ def main() -> None:
     )
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--work", type=float, default=36.0, help="passes of every scan, per run")
+    parser.add_argument("--work", type=float, default=24.0, help="passes of every scan, per run")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/small_batches"))
     args = parser.parse_args()
 

@@ -31,6 +31,7 @@ class BatchNorms:
         if policy not in get_args(Policy):
             raise ValueError(f"expected a BatchNorm policy of {get_args(Policy)}, got {policy!r}")
         self.model, self.policy = model, policy
+        self.tracking: list[_BatchNorm] = []  # those that move running statistics in this step
 
     def begin_step(self) -> None:
         """Freeze the layers, or refuse those that would see chunks for batches.
@@ -39,6 +40,8 @@ class BatchNorms:
             ValueError: a layer is in training mode, or has no running statistics to be frozen at.
         """
         if self.policy == "ghost":
+            layers = (layer for _, layer in self._layers())
+            self.tracking = [each for each in layers if each.training and each.track_running_stats]
             return
         if self.policy == "frozen":
             for _, layer in self._layers():
@@ -52,13 +55,12 @@ class BatchNorms:
     @contextmanager
     def second_pass(self) -> Iterator[None]:
         """Normalise as in the first pass, without moving the running statistics again."""
-        tracking = [layer for _, layer in self._layers() if layer.training and layer.track_running_stats]
-        for layer in tracking:
+        for layer in self.tracking:
             layer.track_running_stats = False
         try:
             yield
         finally:
-            for layer in tracking:
+            for layer in self.tracking:
                 layer.track_running_stats = True
 
     def _layers(self) -> Iterator[tuple[str, _BatchNorm]]:

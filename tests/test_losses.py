@@ -164,7 +164,10 @@ def test_a_second_backward_pass_adds_the_same_gradient(loss):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1024, 4096, 16384])
-@pytest.mark.parametrize(("name", "budget"), [("clip", 0), ("clip", 64 * 2**20), ("siglip", 0)])
+@pytest.mark.parametrize(
+    ("name", "budget"),
+    [("clip", 0), ("clip", 64 * 2**20), ("siglip", 0), ("simclr", 0), ("simclr", 64 * 2**20), ("supcon", 0)],
+)
 def test_memory_beyond_representations_gradients_and_budget_is_flat(name, budget, size):
     """At B = 16,384 one B x B matrix has 1,024 MiB."""
     assert measure_apart(name, budget, size) < budget / 2**20 + 16

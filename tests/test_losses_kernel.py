@@ -151,9 +151,7 @@ def test_a_graph_that_is_let_go_is_freed(scale):
 def test_kept_tiles_stay_within_the_budget_and_save_products(monkeypatch):
     products = []
     compute = tiling.logits_of
-    monkeypatch.setattr(
-        "gc_accel.losses.streaming.logits_of", lambda *args: (products.append(1), compute(*args))[1]
-    )
+    monkeypatch.setattr(tiling, "logits_of", lambda *args: (products.append(1), compute(*args))[1])
     factors = make_factors(16, 16)
     tile_bytes = min(tiling.TILE_ROWS, 16) * min(tiling.TILE_COLUMNS, 16) * 8
     count = len(list(tiling.tiles(16, 16)))

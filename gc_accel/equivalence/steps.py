@@ -15,11 +15,11 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from gc_accel.chunking import Inputs, batch_size, call, named, split, split_streams
+from gc_accel.encoding import Encoded, Named
 from gc_accel.equivalence.errors import Gradients, order, representation_error
 from gc_accel.equivalence.graph import leaves_and_nodes
 from gc_accel.equivalence.joining import join
 from gc_accel.equivalence.state import State
-from gc_accel.encoding import Encoded, Named
 from gc_accel.gradient_cache import GradientCache
 
 

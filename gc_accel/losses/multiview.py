@@ -10,9 +10,13 @@ the loss is T/T_base times the mean over anchors of
 (Khosla et al. 2020, arXiv 2004.11362, equations 2 and 3, as means instead of sums; the paper's L_in has
 log |P(i)| on top, which has no gradient). Without a mask, the sum over P(i) is z_i.(S - z_i), where S is the
 sum of all rows of the class.
+
+So the loss is a sum over anchors whose weights are known beforehand, and its gradient is had along with it. All
+terms add theirs to one tensor: beside it and the views there is no other of B x D.
 """
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,11 +24,12 @@ from torch import Tensor
 
 from gc_accel.distributed import GlobalLoss, RankedBatch
 from gc_accel.losses import statistics
-from gc_accel.losses.classes import class_sums
+from gc_accel.losses.classes import attraction, classes_of
+from gc_accel.losses.eager import Gradient, with_gradients
 from gc_accel.losses.inputs import check_option, full_precision
 from gc_accel.losses.pairs import Pairs
-from gc_accel.losses.streaming import logsumexp_over_pairs
-from gc_accel.losses.tiling import DEFAULT_TILE_BUDGET
+from gc_accel.losses.streaming import sum_of_logsumexps
+from gc_accel.losses.tiling import DEFAULT_TILE_BUDGET, Logits, exact_sum
 
 Variant = Literal["out", "in"]
 Orphans = Literal["zero", "exclude", "error"]
@@ -86,35 +91,62 @@ class MultiViewLoss(GlobalLoss):
         """
         (views,) = full_precision(views)
         batch = RankedBatch(len(views), views.device, self.process_group)
-        candidates = batch.gather(views)
-        samples, per_sample = candidates.shape[:2]
-        classes = torch.arange(samples, device=views.device) if labels is None else batch.gather(labels)
-        sums, sizes, classes = class_sums(candidates.sum(1), classes)
-        positives = sizes[classes] * per_sample - 1  # of each view of a sample, (B,)
-        counted = self._count(positives, anchored)
-        self.statistics = statistics.of_views(candidates, sums, sizes * per_sample)
+        candidates = batch.gather(views).contiguous()
+        labels = torch.arange(batch.total, device=views.device) if labels is None else batch.gather(labels)
+        classes = classes_of(labels)
+        self.statistics = statistics.of_views(candidates, classes)
+        positives = classes.sizes[classes.which] * views.shape[1] - 1  # of each view of a sample, (B,)
+        weights = views.new_zeros(candidates.shape[:2])  # of each row in the mean
+        shares = (positives > 0).to(views) / self._count(positives, anchored)
+        weights[batch.own, :anchored] = shares[batch.own, None]
+        anchors: list[Any] = [
+            batch.own
+        ]  # one matrix of all views, as they lie in memory, or of one view each
+        if anchored < views.shape[1]:
+            anchors = [(batch.own, view) for view in range(anchored)]
 
-        anchors, own_classes, positives = views[:, :anchored], classes[batch.own], positives[batch.own, None]
-        scale = views.new_full((1,), 1 / self.temperature)
-        ids = torch.arange(samples * per_sample, device=views.device).view(samples, per_sample)
-        own_ids, ids = ids[batch.own, :anchored].flatten(), ids.flatten()
-        all_others = Pairs(own_ids, ids, above_diagonal=len(own_ids) == len(ids))
+        def compute(inputs: tuple[Any, ...], needed: tuple[bool, ...]) -> tuple[Tensor, tuple[Gradient]]:
+            (views,) = inputs
+            gradient = torch.zeros_like(views) if needed[0] else None
+            total = self._logsumexps(views, gradient, anchors, weights)
+            if self.variant == "out":
+                per_pair = weights / positives.clamp(min=1)[:, None] * (-1 / self.temperature)
+                total += attraction(views, classes, per_pair, gradient)
+            else:
+                of_rows = classes.which.repeat_interleave(views.shape[1]).view_as(weights)
+                total += self._logsumexps(views, gradient, anchors, -weights, of_rows)
+            return total.to(views), (gradient,)
 
-        def logsumexp(pairs: Pairs) -> Tensor:
-            rows, columns = anchors.flatten(0, 1), candidates.flatten(0, 1)
-            found = logsumexp_over_pairs(rows, columns, scale, pairs, tile_budget=self.tile_budget)
-            return found.view(anchors.shape[:2])
+        return batch.sum(with_gradients(compute, candidates)) * (self.temperature / self.base_temperature)
 
-        if self.variant == "out":
-            siblings = sums.index_select(0, own_classes)[:, None] - anchors
-            attraction = scale * (anchors * siblings).sum(2) / positives.clamp(min=1)
-        else:
-            row_classes, column_classes = classes[own_ids // per_sample], classes[ids // per_sample]
-            attraction = logsumexp(
-                all_others._replace(row_classes=row_classes, column_classes=column_classes)
-            )
-        terms = torch.where(positives > 0, logsumexp(all_others) - attraction, 0)
-        return batch.sum(terms.sum() / counted) * (self.temperature / self.base_temperature)
+    def _logsumexps(
+        self,
+        views: Tensor,
+        gradient: Gradient,
+        anchors: Sequence[Any],
+        weights: Tensor,
+        classes: Tensor | None = None,
+    ) -> Tensor:
+        """Weighted sum of the log-sum-exps of anchors, over all other rows or those of their class; 0-d.
+
+        Args:
+            views: `(B, V, D)`, of the global batch.
+            gradient: `(B, V, D)`, is added to; None: is not wanted.
+            anchors: where among `(B, V)` they are, one matrix of rows after the other.
+            weights: `(B, V)`.
+            classes: `(B, V)`, or None: all other rows.
+        """
+        total, scale = exact_sum(views.new_zeros(0)), views.new_full((1,), 1 / self.temperature)
+        ids = torch.arange(weights.numel(), device=views.device).view_as(weights)
+        of_all = (views, gradient, ids, classes)
+        columns, to_columns, column_ids, column_classes = (_rows(each, ...) for each in of_all)
+        for place in anchors:
+            rows, to_rows, row_ids, row_classes = (_rows(each, place) for each in of_all)
+            halved = len(rows) == len(columns)
+            pairs = Pairs(row_ids, column_ids, row_classes, column_classes, above_diagonal=halved)
+            logits, into = Logits(rows, columns, scale, pairs), (to_rows, to_columns)
+            total += sum_of_logsumexps(logits, _rows(weights, place), into, tile_budget=self.tile_budget)
+        return total
 
     def _count(self, positives: Tensor, anchored: int) -> Tensor | int:
         """The number of anchors in the mean, from the number of positives `(B,)` in the global batch."""
@@ -126,3 +158,8 @@ class MultiViewLoss(GlobalLoss):
                 'give labels that occur twice or more views per sample, or set orphans to "zero" or "exclude"'
             )
         return len(positives) * anchored
+
+
+def _rows(each: Tensor | None, place: Any) -> Any:
+    """What the rows at a place of `(B, V, ...)` have, in the same memory."""
+    return None if each is None else each[place].view(-1, *each.shape[2:])

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from gc_accel.distributed import RankedBatch
-from gc_accel.losses.classes import class_sums
+from gc_accel.losses.classes import Classes, attraction, class_sums, classes_of
+from gc_accel.losses.tiling import exact_sum
 
 
 class Similarities(NamedTuple):
@@ -73,31 +74,30 @@ def of_pairs(
 
 
 @torch.no_grad()
-def of_views(views: Tensor, sums: Tensor, counts: Tensor) -> dict[str, Tensor]:
+def of_views(views: Tensor, classes: Classes) -> dict[str, Tensor]:
     """Statistics of the views of all samples, each pair of different views counted.
 
     Args:
         views: `(B, V, D)`, of the global batch.
-        sums: `(K, D)`, the sum of the views of each class.
-        counts: `(K,)`, how many views each class has.
+        classes: of the B samples.
 
     Returns:
         `positive_similarity` and `negative_similarity`, means over pairs of one class and of two.
     """
-    everything, same, own = sums.sum(0).square().sum(), sums.square().sum(), views.square().sum()
+    alike = attraction(views, classes, views.new_ones(views.shape[:2]))
+    own = exact_sum(torch.linalg.vector_norm(views, dim=2).square())
+    others = exact_sum(views.sum((0, 1)).square()) - own - alike
+    counts = classes.sizes * views.shape[1]
     size, pairs = counts.sum(), counts.square().sum()
     return {
-        "positive_similarity": _mean(same - own, pairs - size),
-        "negative_similarity": _mean(everything - same, size**2 - pairs),
+        "positive_similarity": _mean(alike.to(views), pairs - size),
+        "negative_similarity": _mean(others.to(views), size**2 - pairs),
     }
 
 
-@torch.no_grad()
 def of_samples(views: Tensor) -> dict[str, Tensor]:
     """The same where every sample is a class of its own."""
-    return of_views(
-        views, views.sum(1), torch.tensor([views.shape[1]], device=views.device).expand(len(views))
-    )
+    return of_views(views, classes_of(torch.arange(len(views), device=views.device)))
 
 
 def _mean(total: Tensor, count: Tensor) -> Tensor:

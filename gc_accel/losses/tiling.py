@@ -6,14 +6,22 @@ Sums run over tiles in a fixed order, in the inputs' own precision: every result
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from gc_accel.losses.pairs import Pairs
 
 DEFAULT_TILE_BUDGET = 256 * 2**20  # bytes
 TILE_ROWS, TILE_COLUMNS = 512, 1024  # fastest on the CPUs measured (docs/log.md)
 
 Place = tuple[slice, slice]  # rows and columns of a tile
+
+
+def exact_sum(terms: Tensor) -> Tensor:
+    """The sum of all, 0-d, in float64 where there is one: a loss may be a small difference of large sums."""
+    return terms.sum(dtype=None if terms.device.type == "mps" else torch.float64)
 
 
 def tiles(rows: int, columns: int, above_diagonal: bool = False) -> Iterator[Place]:
@@ -26,6 +34,32 @@ def tiles(rows: int, columns: int, above_diagonal: bool = False) -> Iterator[Pla
 def logits_of(rows: Tensor, columns: Tensor, scale: Tensor, at: Place) -> Tensor:
     """The logits of one tile."""
     return (rows[at[0]] * scale) @ columns[at[1]].T
+
+
+class Logits(NamedTuple):
+    """All logits, of which a tile exists at a time: those of rows and columns, for the `pairs` that count.
+
+    Row i may have a column of its own, `start` + i.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    scale: Tensor
+    pairs: Pairs | None = None
+    start: int | None = None
+
+    @property
+    def halved(self) -> bool:
+        return self.pairs is not None and self.pairs.above_diagonal
+
+    def places(self) -> Iterator[Place]:
+        return tiles(len(self.rows), len(self.columns), self.halved)
+
+    def tile(self, at: Place) -> Tensor:
+        """One of them, minus infinity for pairs that do not count."""
+        logits = logits_of(self.rows, self.columns, self.scale, at)
+        mask = None if self.pairs is None else self.pairs.left_out(*at)
+        return logits if mask is None else logits.masked_fill_(mask, -torch.inf)
 
 
 def own_pairs(tile: Tensor, at: Place, start: int) -> tuple[slice, Tensor]:
@@ -66,6 +100,16 @@ class Own:
         self.nearest[i] = torch.where(nearer, where + j.start, self.nearest[i])
 
 
+def push(
+    factors: tuple[Tensor, Tensor], gradients: tuple[Tensor | None, Tensor | None], at: Place, grad: Tensor
+) -> None:
+    """Add the gradient of one tile's products to those of rows and columns, which may share memory."""
+    if gradients[0] is not None:
+        gradients[0][at[0]].addmm_(grad, factors[1][at[1]])
+    if gradients[1] is not None:
+        gradients[1][at[1]].addmm_(grad.T, factors[0][at[0]])
+
+
 class Gradients:
     """Gradients of rows, columns, scale and bias, summed up tile by tile from the gradient of the logits.
 
@@ -86,11 +130,7 @@ class Gradients:
 
     def add(self, at: Place, grad: Tensor) -> None:
         """Push the gradient of one tile's logits into all of them."""
-        rows, columns = self.inputs
-        if self.rows is not None:
-            self.rows[at[0]].addmm_(grad, columns[at[1]])
-        if self.columns is not None:
-            self.columns[at[1]].addmm_(grad.T, rows[at[0]])
+        push(self.inputs, (self.rows, self.columns), at, grad)
         if self.bias is not None:
             self.bias += grad.sum()
 

@@ -27,23 +27,26 @@ Rows = Mapping[Any, int]  # samples of each stream in one call of the encoder
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes that one call of the encoder takes, beyond weights and inputs, and beyond gradients but for `fresh`.
+    """Bytes that one call of the encoder takes, beyond weights, inputs and, but for `fresh`, gradients.
 
     Args:
-        forward: at most, without a graph.
         graph: kept after a forward with a graph.
-        building: at most, such a forward alone.
-        backward: at most, forward and backward, where gradients are there to be added to.
-        fresh: at most, forward and backward, and with the gradients that they make.
-        gradients: of the weights.
+        building: at most, during such a forward.
+        backward: at most, during its backward pass, where gradients are there to be added to.
+        fresh: the same with the gradients that it makes, where none are there.
+        gradients: of the weights that it reaches.
     """
 
-    forward: int
     graph: int
     building: int
     backward: int
     fresh: int
     gradients: int
+
+    @property
+    def replay(self) -> int:
+        """At most, forward and backward, where gradients are there."""
+        return max(self.building, self.backward)
 
 
 @dataclass(frozen=True)
@@ -73,21 +76,28 @@ class DryRun:
         self.global_names = frozenset(getattr(model, "global_names", ()))
         self.parts, _ = split_streams(sample, self.streams)
         self.sample_bytes = sum(each.nbytes for each in _leaves(sample)) // batch_size(sample)
-        self.costs: dict[tuple[tuple[Any, int], ...], Cost] = {}
+        self.remembered: dict[Any, Any] = {}
+
+    def forward(self, rows: Rows) -> int:
+        """Bytes of one call on so many samples of some streams, at most, without a graph."""
+        return self._run(self._forward, rows)
 
     def cost(self, rows: Rows) -> Cost:
-        """Bytes of one call on so many samples of some streams; each is run once and remembered."""
-        key = tuple(rows.items())
-        if key not in self.costs:
-            self.costs[key] = self._run(self._cost, rows)
-        return self.costs[key]
+        """Bytes of one call with a graph, and of its backward pass."""
+        return self._run(self._cost, rows)
 
     def work(self, stream: Any) -> Work:
         """FLOPs of a stream: those of two samples, halved."""
         return self._run(self._work, {stream: 2})
 
     def _run(self, look: Callable[..., Any], rows: Rows) -> Any:
-        """Call `look` on a fake of the encoder and its inputs."""
+        """What `look` finds with a fake of the encoder and its inputs, once for the same ones."""
+        key = look.__name__, *rows.items()
+        if key not in self.remembered:
+            self.remembered[key] = self._look(look, rows)
+        return self.remembered[key]
+
+    def _look(self, look: Callable[..., Any], rows: Rows) -> Any:
         step = _Step(self.model, look)
         with training(self.model), FakeTensorMode(allow_non_fake_inputs=True):
             weights = {name: self._fake(tensor) for name, tensor in _tensors(step)}
@@ -123,20 +133,22 @@ class DryRun:
             outputs = named(call(encoder, inputs))
         return {key: out if out.dtype == torch.float64 else out.float() for key, out in outputs.items()}
 
+    def _forward(self, encoder: nn.Module, inputs: Inputs) -> int:
+        with torch.no_grad(), LiveBytes(_known(encoder, inputs)) as live:
+            self._encode(encoder, inputs)
+            return live.peak
+
     def _cost(self, encoder: nn.Module, inputs: Inputs) -> Cost:
-        known = chain(encoder.parameters(), encoder.buffers(), _leaves(inputs))
-        with LiveBytes(known) as live:
-            with torch.no_grad():
-                self._encode(encoder, inputs)
-            forward = live.peak
-            live.restart()
+        with LiveBytes(_known(encoder, inputs)) as live:
             outputs = self._encode(encoder, inputs)
             graph, building = live.now, live.peak
+            live.restart()
             _push(outputs)
             fresh, gradients = live.peak, live.now
+            outputs = self._encode(encoder, inputs)
             live.restart()
-            _push(self._encode(encoder, inputs))
-            return Cost(forward, graph, building, live.peak - gradients, fresh, gradients)
+            _push(outputs)
+            return Cost(graph, building, live.peak - gradients, fresh, gradients)
 
     def _work(self, encoder: nn.Module, inputs: Inputs) -> Work:
         # Apart from the bytes: the counter's hooks keep what checkpointing frees.
@@ -181,6 +193,10 @@ def _push(outputs: dict[Any, Tensor]) -> None:
     grads = [torch.ones_like(output) for output in reached]
     if reached:
         torch.autograd.backward(reached, grads)
+
+
+def _known(encoder: nn.Module, inputs: Inputs) -> Iterator[Tensor]:
+    return chain(encoder.parameters(), encoder.buffers(), _leaves(inputs))
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -14,7 +14,9 @@ def largest_chunk(small: tuple[int, float], large: tuple[int, float], memory: fl
     """
     (few, low), (many, high) = small, large
     if not 0 < few < many or high <= low:
-        raise ValueError(f"expected a larger peak for a larger chunk, got {small} and {large}: measure larger ones")
+        raise ValueError(
+            f"expected a larger peak for a larger chunk, got {small} and {large}: measure larger ones"
+        )
     per_sample = (high - low) / (many - few)
     chunk = int(few + (memory - low) // per_sample)
     if chunk < 1:

@@ -16,9 +16,6 @@ from gc_accel.losses.tiling import DEFAULT_TILE_BUDGET, TILE_COLUMNS, TILE_ROWS
 
 FLOAT = 4  # bytes
 TILES_AT_WORK = 2
-# Copies of all views, of this rank's and again of every rank's, that the statistics and the sums over classes
-# of a multi-view loss hold at its peak. Counted, not derived: tests/test_planning.py.
-COPIES_OF_VIEWS = 2.5
 
 
 @dataclass(frozen=True)
@@ -56,19 +53,18 @@ def loss_cost(shapes: Mapping[Any, tuple[int, ...]], batch_size: int, devices: i
     logits = FLOAT * anchors * columns / (2 if halved else 1)
     kept = min(DEFAULT_TILE_BUDGET, logits)
     products = (4 - kept / logits) * (0.5 if halved else 1)
-    if not others:
-        copies = int(COPIES_OF_VIEWS * (own_bytes + columns_bytes))
-    elif devices == 1:
-        copies = own_bytes  # joined from chunks
-    else:
-        copies = rows_bytes + 2 * columns_bytes  # gathered, and their gradient
     tiles = TILES_AT_WORK * FLOAT * min(TILE_ROWS, anchors) * min(TILE_COLUMNS, columns)
+    at_work = int(kept) + tiles
+    if not others:
+        workspace = _workspace_of_views(own_bytes, columns_bytes, at_work, devices)
+    else:  # representations joined from chunks; on several devices also all candidates, and their gradient
+        workspace = at_work + (own_bytes if devices == 1 else rows_bytes + 2 * columns_bytes)
 
     gathered = (devices - 1) * columns_bytes // devices
     sums = 3 * FLOAT * columns if others else 0  # the maximum, the sum and the gradient of each column
     return LossCost(
         representations=own_bytes,
-        workspace=int(kept) + copies + tiles,
+        workspace=workspace,
         flops=products * 2 * anchors * columns * dim,
         sent={"representations": 2 * gathered, "column sums": ring_all_reduce(sums, devices)},
     )
@@ -77,3 +73,10 @@ def loss_cost(shapes: Mapping[Any, tuple[int, ...]], batch_size: int, devices: i
 def ring_all_reduce(nbytes: int, devices: int) -> int:
     """Bytes that each of some devices sends to sum `nbytes` over all of them in a ring."""
     return 2 * (devices - 1) * nbytes // devices
+
+
+def _workspace_of_views(own: int, columns: int, at_work: int, devices: int) -> int:
+    """As many copies of the views as the sums over classes and the statistics hold; counted, see its test."""
+    if devices == 1:
+        return max(4 * own + at_work, 11 * own // 2)
+    return 2 * own + 5 * columns // 2 + at_work

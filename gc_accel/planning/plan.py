@@ -90,7 +90,7 @@ def plan(
         devices: number of processes, each with all weights.
         memory: bytes of one device; None: what the accelerator has, or what is free of the host's.
         chunk_size: None: the suggested one.
-        retain: None: the suggested one, or 1 if there is a `chunk_size`.
+        retain: None: as many graphs as fit.
         autocast: dtype of mixed precision, such as `torch.bfloat16`.
         device: where the step will run; None: where the weights are, the CPU for those on "meta". For one that
             this machine does not have, such as "cuda", the CPU stands in, whose fused attention keeps as much.
@@ -116,7 +116,7 @@ def plan(
     best_size, best_retain = suggest(step, FILL * memory)
     best_peak = step.peak(best_size or 1, best_retain)
     size = chunk_size or best_size or 1
-    kept = retain if retain is not None else best_retain if chunk_size is None else 1
+    kept = most_retained(step, size, FILL * memory) if retain is None else retain
     return Plan(
         batch_size,
         devices,
@@ -178,7 +178,9 @@ def _memory_of(device: torch.device, devices: int) -> int:
     if device.type == "cpu":
         return psutil.virtual_memory().available // devices
     if not torch.get_device_module(device).is_available():
-        raise ValueError(f"expected the memory of a device that is not here, {device}, got None: pass its bytes")
+        raise ValueError(
+            f"expected the memory of a device that is not here, {device}, got None: pass its bytes"
+        )
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
     return torch.get_device_module(device).get_device_properties(device).total_memory

@@ -9,7 +9,9 @@ count there. An accelerator holds those of the chunks that it works on, and enco
 no graph is kept.
 """
 
+from collections import Counter
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 from gc_accel.planning.dry_run import DryRun
@@ -29,15 +31,15 @@ class Calls:
 
     Args:
         joint: samples of each stream in the joint call.
-        chunks: for each stream, the sizes of its other calls, and how often each occurs.
-        everything: every graph is retained.
-        retained: graphs of the costliest stream that are, if not everything is.
+        chunks: of each stream, the samples of its other calls, in their order.
+        retained: the last ones of these, whose graph is kept.
+        everything: all graphs are, that of the joint call too.
     """
 
     joint: dict[Any, int]
-    chunks: dict[Any, dict[int, int]]
+    chunks: dict[Any, list[int]]
+    retained: dict[Any, list[int]]
     everything: bool
-    retained: int
 
 
 class Step:
@@ -61,6 +63,8 @@ class Step:
         self.loss = loss_cost(shapes, batch_size, devices)
         weights = [*encoder.model.parameters(), *encoder.model.buffers()]
         self.gradients = sum(each.nbytes for each in weights if each.requires_grad)
+        # Autograd adds up what several calls say about a weight in a tensor of its own.
+        self.largest = max((each.nbytes for each in weights if each.requires_grad), default=0)
         self.weights = {
             "weights": sum(each.nbytes for each in weights),
             "optimizer state": optimizer_copies * self.gradients,
@@ -70,23 +74,23 @@ class Step:
     def calls(self, chunk_size: int, retain: Retain) -> Calls:
         """The schedule, as the cache makes it."""
         head = min(self.batch_size, chunk_size if len(self.trained) == 1 else (chunk_size + 1) // 2)
-        chunks = {}
+        joint, chunks = dict.fromkeys(self.trained, head), {}
         for name in self.encoder.streams:
-            full, rest = divmod(self.batch_size - (head if name in self.trained else 0), chunk_size)
-            chunks[name] = {size: count for size, count in ((chunk_size, full), (rest, 1)) if size and count}
-        number = {name: sum(counts.values()) for name, counts in chunks.items()}
-        costliest = self.trained[0]
-        others = sum(number.values()) - number[costliest]
-        everything = retain == "all" or (retain > number[costliest] and not others)
-        retained = number[costliest] if retain == "all" else min(retain, number[costliest])
-        return Calls(dict.fromkeys(self.trained, head), chunks, everything, retained)
+            pieces = [min(chunk_size, self.batch_size - at) for at in range(0, self.batch_size, chunk_size)]
+            pieces[0] -= joint.get(name, 0)
+            chunks[name] = [piece for piece in pieces if piece]
+        if retain == "all":
+            return Calls(joint, chunks, chunks, True)
+        limit, costliest = retain * chunk_size, self.trained[0]
+        retained = {name: list[int]() for name in chunks}
+        retained[costliest] = last_within(chunks[costliest], limit)
+        return Calls(joint, chunks, retained, limit >= self.batch_size and len(chunks) == 1)
 
     def memory(self, chunk_size: int, retain: Retain) -> Parts:
         """Bytes of one device by stage and part."""
         calls = self.calls(chunk_size, retain)
-        graphs = self._graphs(calls)
-        reps = self.loss.representations
-        constant = self.weights | {"inputs": self._inputs(chunk_size, calls.retained)}
+        graphs, reps = self._graphs(calls), self.loss.representations
+        constant = self.weights | {"inputs": self._inputs(chunk_size, calls)}
         second = max(self._second(calls), self.gradients)
         return {
             FIRST: constant
@@ -104,62 +108,68 @@ class Step:
     def flops(self, chunk_size: int, retain: Retain) -> dict[str, float]:
         """FLOPs of one device by stage."""
         calls, batch = self.calls(chunk_size, retain), self.batch_size
-        kept = dict.fromkeys(self.encoder.streams, batch if calls.everything else 0)
-        if not calls.everything:
-            kept[self.trained[0]] = min(calls.retained * chunk_size, batch)
-        again = sum((batch - kept[s]) * self.work[s].forward for s in self.trained)
+        again = {name: 0 if calls.everything else batch - sum(calls.retained[name]) for name in self.trained}
         return {
             FIRST: batch * sum(work.forward for work in self.work.values()),
             LOSS: self.loss.flops,
-            SECOND: again + batch * sum(self.work[s].backward for s in self.trained),
+            SECOND: sum(
+                again[s] * self.work[s].forward + batch * self.work[s].backward for s in self.trained
+            ),
         }
 
     def sent(self) -> dict[str, int]:
         """Bytes that one device sends in a step, by what they are."""
         return self.loss.sent | {"gradients": ring_all_reduce(self.gradients, self.devices)}
 
-    def _first(self, calls: Calls) -> int:
-        """Bytes of graphs and of the chunk at work, at most, in the first pass."""
-        joint, graphs, costliest = self.encoder.cost(calls.joint), self._graphs(calls), self.trained[0]
-        if calls.everything:
-            return graphs - joint.graph + joint.building
-        peaks = [graphs + joint.forward]
-        for name, counts in calls.chunks.items():
-            is_retained = name == costliest and calls.retained > 0
-            together = min(self.chunks_per_call, sum(counts.values()) - calls.retained * is_retained)
-            for size in counts:
-                if is_retained:
-                    cost = self.encoder.cost({name: size})
-                    peaks.append(graphs - cost.graph + cost.building)
-                if together:
-                    without = self.encoder.cost({name: size * together}).forward
-                    peaks.append(without + (0 if is_retained else graphs))
-        return max(peaks)
-
     def _graphs(self, calls: Calls) -> int:
         """Bytes of all retained graphs."""
-        if not calls.everything:
-            (size,) = list(calls.chunks[self.trained[0]])[:1] or [0]
-            return calls.retained * self.encoder.cost({self.trained[0]: size}).graph if size else 0
-        graphs = self.encoder.cost(calls.joint).graph
-        for name, counts in calls.chunks.items():
-            graphs += sum(count * self.encoder.cost({name: size}).graph for size, count in counts.items())
+        graphs = self.encoder.cost(calls.joint).graph if calls.everything else 0
+        for name, sizes in calls.retained.items():
+            for size, count in Counter(sizes).items():
+                graphs += count * self.encoder.cost({name: size}).graph
         return graphs
+
+    def _first(self, calls: Calls) -> int:
+        """Bytes of graphs and of the chunk at work, at most, in the first pass."""
+        graphs = self._graphs(calls)
+        if calls.everything:
+            joint = self.encoder.cost(calls.joint)
+            return graphs - joint.graph + joint.building
+        peaks = [graphs + self.encoder.forward(calls.joint)]
+        for name, sizes in calls.chunks.items():
+            kept = calls.retained[name]
+            if kept:
+                last = self.encoder.cost({name: kept[-1]})
+                peaks.append(graphs - last.graph + last.building)
+            if without := sizes[: len(sizes) - len(kept)]:  # of the costliest stream, before there is a graph
+                together = min(self.chunks_per_call * max(without), sum(without))
+                peaks.append(self.encoder.forward({name: together}) + (0 if kept else graphs))
+        return max(peaks)
 
     def _second(self, calls: Calls) -> int:
         """Bytes of graphs and gradients, at most, in the second pass."""
         joint, graphs, made = self.encoder.cost(calls.joint), self._graphs(calls), self.gradients
-        others = {name: [self.encoder.cost({name: n}) for n in calls.chunks[name]] for name in self.trained}
+        chunks = [self.encoder.cost({s: size}) for s in self.trained for size in set(calls.chunks[s])]
         if calls.everything:  # in one backward pass, the latest call first: it makes the gradients
-            later = max((cost.backward - cost.graph for costs in others.values() for cost in costs), default=0)
+            later = max((cost.backward - cost.graph + self.largest for cost in chunks), default=0)
             return max(graphs + joint.fresh - joint.graph, graphs - joint.graph + made + later)
-        peaks = [made + joint.backward, *(made + cost.backward for costs in others.values() for cost in costs)]
-        for cost in others[self.trained[0]] if calls.retained else ():
-            peaks.append(graphs + cost.fresh - cost.graph)  # the first one makes the gradients
-            peaks.append(graphs - cost.graph * min(calls.retained, 2) + made + cost.backward)
+        peaks = [made + joint.replay, *(made + cost.replay for cost in chunks)]
+        kept, costliest = calls.retained[self.trained[0]], self.trained[0]
+        if kept:
+            first = self.encoder.cost({costliest: kept[0]})  # which makes the gradients
+            peaks.append(graphs - first.graph + first.fresh)
+            for cost in (self.encoder.cost({costliest: size}) for size in set(kept[1:])):
+                peaks.append(graphs - first.graph - cost.graph + cost.gradients + cost.backward)
         return max(peaks)
 
-    def _inputs(self, chunk_size: int, retained: int) -> int:
+    def _inputs(self, chunk_size: int, calls: Calls) -> int:
         """Bytes of inputs on the device."""
-        samples = self.batch_size if self.on_host else (self.chunks_per_call + retained) * chunk_size
-        return min(samples, self.batch_size) * self.encoder.sample_bytes
+        graphs = sum(map(sum, calls.retained.values()))
+        at_work = self.batch_size if self.on_host else self.chunks_per_call * chunk_size + graphs
+        return min(at_work, self.batch_size) * self.encoder.sample_bytes
+
+
+def last_within(sizes: list[int], limit: int) -> list[int]:
+    """The longest end of a list whose sum is at most `limit`."""
+    count = sum(total <= limit for total in accumulate(reversed(sizes)))
+    return sizes[len(sizes) - count :]

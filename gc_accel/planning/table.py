@@ -19,7 +19,10 @@ def size(nbytes: float) -> str:
 def table(plan: "Plan") -> str:
     """Memory by part and stage, work by stage, communication, and what to take."""
     each = f"on each of {plan.devices} devices" if plan.devices > 1 else "on one device"
-    lines = [f"A step with {plan.batch_size:,} samples {each}, chunk_size={plan.chunk_size}, retain={plan.retain}", ""]
+    lines = [
+        f"A step with {plan.batch_size:,} samples {each}, chunk_size={plan.chunk_size}, retain={plan.retain}",
+        "",
+    ]
     names = list(dict.fromkeys(part for parts in plan.bytes.values() for part in parts))
     rows = [["memory of a device", *plan.bytes]]
     for name in names:
@@ -53,6 +56,11 @@ def aligned(rows: list[list[str]]) -> list[str]:
     """Rows as columns of equal width, the first flush left."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
+        "  ".join(
+            [
+                row[0].ljust(widths[0]),
+                *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+            ]
+        )
         for row in rows
     ]

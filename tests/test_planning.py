@@ -1,0 +1,417 @@
+"""The planner: what it counts on graphs that can be counted by hand, and its forecasts against real steps."""
+
+import copy
+import json
+from itertools import chain
+
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import ViTConfig, ViTModel
+
+from gc_accel import GradientCache, VisionEncoder
+from gc_accel.chunk_size import CALLS_OF
+from gc_accel.losses import CLIPLoss, NTXentLoss
+from gc_accel.planning import LiveBytes, largest_chunk, plan
+from gc_accel.planning.dry_run import Cost, DryRun
+from gc_accel.planning.loss import loss_cost
+from gc_accel.planning.plan import FILL, most_retained, suggest
+from gc_accel.planning.step import CHUNKS_PER_CALL, Step
+from tests.models import dual_encoder, image_text_batch
+from tests.ranks import run_on_ranks
+
+CPU = torch.device("cpu")
+KIB = 1024
+MUCH = 2**40
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate_state():
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def vit(*, dropout=0.0, checkpointing=False, layers=2, **options):
+    torch.manual_seed(1)
+    config = ViTConfig(
+        hidden_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=3,
+        intermediate_size=96,
+        image_size=32,
+        patch_size=8,
+        hidden_dropout_prob=dropout,
+    )
+    encoder = VisionEncoder(ViTModel(config), projection_dim=32, **options)
+    if checkpointing:
+        encoder.gradient_checkpointing_enable()
+    return encoder
+
+
+def two_views(size):
+    return {"pixel_values": torch.randn(size, 2, 3, 32, 32)}
+
+
+def step_of(encoder, sample, batch_size, devices=1):
+    return Step(DryRun(encoder, sample, CPU, None), batch_size, devices, 2, on_host=True)
+
+
+class TestLiveBytes:
+    def test_results_count_once_until_they_are_gone(self):
+        x = torch.zeros(KIB, dtype=torch.uint8)
+        with LiveBytes([x]) as live:
+            y = x + 1
+            assert live.now == KIB
+            z = torch.cat([y, y])
+            view = z[:3]
+            y.add_(1)
+            assert (live.now, live.peak) == (3 * KIB, 3 * KIB)
+            del z
+            assert live.now == 3 * KIB, "a view keeps its storage"
+            del view
+            assert (live.now, live.peak) == (KIB, 3 * KIB)
+            live.restart()
+            assert live.peak == KIB
+
+    def test_what_was_there_before_does_not_count(self):
+        x = torch.zeros(KIB, dtype=torch.uint8)
+        with LiveBytes([x]) as live:
+            assert len(x.view(2, -1)) == 2
+            assert live.peak == 0
+
+    def test_a_linear_layer_by_hand(self):
+        """C = 3, 7 inputs, 5 outputs: what is saved for the weight's gradient is the input, which does not count."""
+        cost = DryRun(nn.Linear(7, 5), torch.zeros(2, 7), CPU, None).cost({None: 3})
+        output, weight, bias = 4 * 3 * 5, 4 * 5 * 7, 4 * 5
+        both = weight + bias
+        # Output, its gradient, and beside them the gradients of the weights, which stay.
+        assert cost == Cost(
+            graph=output, building=output, backward=2 * output + both, fresh=2 * output + both, gradients=both
+        )
+        assert cost.replay == cost.backward
+
+    def test_a_chain_of_layers_by_hand(self):
+        """Of sigmoids the outputs are kept, of linear layers the inputs."""
+        layers = nn.Sequential(
+            nn.Linear(8, 8, bias=False), nn.Sigmoid(), nn.Linear(8, 8, bias=False), nn.Sigmoid()
+        )
+        run, each = DryRun(layers, torch.zeros(1, 8), CPU, None), 4 * 10 * 8
+        assert run.cost({None: 10}).graph == 2 * each  # no linear output is kept
+        assert run.cost({None: 10}).building == 3 * each  # with the latest linear output
+        assert run.forward({None: 10}) == 2 * each  # the input of one layer, and its output
+        work = run.work(None)
+        assert work.forward == 2 * 2 * 8 * 8  # two products, multiply and add
+        assert work.backward == 3 * 2 * 8 * 8  # of each weight, and of the hidden layer
+        assert work.shapes == {None: (8,)}
+
+
+def live_peak(encoder, loss, batch, chunk_size, retain, accelerator=None):
+    """What a real step takes beyond weights and inputs."""
+    encoder.zero_grad()
+    encoder.train()
+    prepared = encoder if accelerator is None else accelerator.prepare(encoder)
+    cache = GradientCache(prepared, loss, chunk_size, accelerator, retain=retain, batch_norm="frozen")
+    with LiveBytes([*encoder.parameters(), *encoder.buffers(), *batch.values()]) as live:
+        cache.forward_backward(batch)
+    return live.peak
+
+
+def forecast(encoder, sample, batch_size, chunk_size, retain, autocast=None):
+    """The same, planned."""
+    step = Step(DryRun(encoder, sample, CPU, autocast), batch_size, 1, 2, on_host=True)
+    stages = step.memory(chunk_size, retain)
+    there = sum(stages["loss"][part] for part in ("weights", "optimizer state", "inputs"))
+    return max(sum(parts.values()) for parts in stages.values()) - there
+
+
+CASES = {
+    "vit": (vit, NTXentLoss(), two_views),
+    "dropout": (lambda: vit(dropout=0.1), NTXentLoss(), two_views),
+    "checkpointing": (lambda: vit(checkpointing=True, layers=4), NTXentLoss(), two_views),
+    "frozen backbone": (lambda: vit(freeze_backbone=True), NTXentLoss(), two_views),
+    "resnet": (lambda: VisionEncoder(timm.create_model("resnet10t", num_classes=0)), NTXentLoss(), two_views),
+    "clip": (lambda: dual_encoder("clip").float(), CLIPLoss(), image_text_batch),
+    "frozen tower": (lambda: dual_encoder("clip", freeze=("image",)).float(), CLIPLoss(), image_text_batch),
+}
+
+
+def assert_forecast(name, chunk_size, retain):
+    """Planned without values, from two samples, and taken with 31, so that the last chunk is cut."""
+    make, loss, batch_of = CASES[name]
+    encoder = make()
+    batch = {k: v.float() if v.is_floating_point() else v for k, v in batch_of(31).items()}
+    measured = live_peak(encoder, loss, batch, chunk_size, retain)
+    computed = forecast(encoder, {k: v[:2] for k, v in batch.items()}, 31, chunk_size, retain)
+    assert measured > 10 * KIB
+    assert computed == pytest.approx(measured, rel=0.02, abs=16 * KIB)  # small vectors of the loss
+
+
+@pytest.mark.parametrize(("chunk_size", "retain"), [(4, 1), (4, 3), (5, "all")])
+@pytest.mark.parametrize("name", CASES)
+def test_forecast_is_what_a_real_step_takes(name, chunk_size, retain):
+    assert_forecast(name, chunk_size, retain)
+
+
+@pytest.mark.parametrize(("chunk_size", "retain"), [(1, 0), (7, 0), (16, 2), (40, 0), (40, 1), (40, "all")])
+def test_forecast_at_any_chunk_and_retain(chunk_size, retain):
+    assert_forecast("vit", chunk_size, retain)
+
+
+@pytest.mark.parametrize("retain", [0, 2, "all"])
+def test_forecast_under_autocast(retain):
+    accelerator, batch = Accelerator(cpu=True, mixed_precision="bf16"), two_views(24)
+    encoder = vit()
+    computed = forecast(encoder, two_views(1), 24, 4, retain, torch.bfloat16)
+    assert computed != forecast(encoder, two_views(1), 24, 4, retain)
+    assert computed == pytest.approx(
+        live_peak(encoder, NTXentLoss(), batch, 4, retain, accelerator), rel=0.03
+    )
+
+
+def test_more_retained_graphs_take_more():
+    found = [forecast(vit(), two_views(1), 24, 4, retain) for retain in (1, 2, 4, "all")]
+    assert found == sorted(found)
+    assert found[-1] > 2 * found[0]
+
+
+@pytest.mark.parametrize("retain", [0, 3, "all"])
+def test_flops_are_those_of_a_real_step(retain):
+    """With a loss without products, as those of the kernel write into tensors and are not counted."""
+    encoder = vit(checkpointing=True)
+    with FlopCounterMode(display=False) as counter:
+        cache = GradientCache(encoder.train(), lambda views: views.square().sum(), 4, retain=retain)
+        cache.forward_backward(two_views(31))
+    found = step_of(encoder, two_views(1), 31).flops(4, retain)
+    assert found["first pass"] + found["second pass"] == pytest.approx(counter.get_total_flops())
+
+
+def test_retaining_spares_forwards():
+    step = step_of(vit(), two_views(1), 20)
+    forward = step.work["views"].forward
+    none, some, everything = (step.flops(4, retain)["second pass"] for retain in (0, 2, "all"))
+    assert none - some == pytest.approx(8 * forward)
+    assert none - everything == pytest.approx(20 * forward)
+
+
+def test_graphs_grow_by_the_sample():
+    """A straight line through two chunk sizes predicts a third, which `largest_chunk` rests on."""
+    run = DryRun(vit(dropout=0.1), two_views(1), CPU, None)
+    small, large, third = (run.cost({"views": size}) for size in (16, 32, 80))
+    assert third.graph == small.graph + (large.graph - small.graph) * (80 - 16) // (32 - 16)
+    predicted = small.backward + (large.backward - small.backward) * (80 - 16) / (32 - 16)
+    assert third.backward == pytest.approx(predicted, rel=0.01)
+
+
+def test_largest_chunk_is_the_last_that_fits():
+    def peak(chunk):
+        return 700 + 30 * chunk
+
+    for memory in (730, 731, 759, 760, 4000):
+        expected = max(chunk for chunk in range(1, 200) if peak(chunk) <= memory)
+        assert largest_chunk((2, peak(2)), (5, peak(5)), memory) == expected
+    with pytest.raises(ValueError, match="chunk of one sample, got 729 where it takes 730"):
+        largest_chunk((2, peak(2)), (5, peak(5)), 729)
+    with pytest.raises(ValueError, match="expected a larger peak for a larger chunk"):
+        largest_chunk((2, 100), (5, 100), 1000)
+    with pytest.raises(ValueError, match="expected a larger peak for a larger chunk"):
+        largest_chunk((5, 100), (2, 200), 1000)
+
+
+def test_the_suggestion_fits_and_wastes_nothing():
+    step = step_of(vit(), two_views(1), 64)
+    limits = {step.peak(chunk, retain) for chunk in (1, 8, 32) for retain in (0, 2)} | {
+        2 * step.peak(64, "all")
+    }
+    seen = set()
+    for limit in limits:
+        chunk, retain = suggest(step, limit)
+        seen.add((chunk, retain))
+        assert step.peak(chunk, retain) <= limit
+        work = sum(step.flops(chunk, retain).values())
+        options = {
+            (size, most_retained(step, size, limit))
+            for size in (1, 2, 4, 8, 16, 32, 64)
+            if step.peak(size, 0) <= limit
+        }
+        least = min(sum(step.flops(*option).values()) for option in options)
+        assert work <= 1.02 * least
+        if retain != "all":
+            assert step.peak(chunk, retain + 1) > limit
+        larger = [option for option in options if option[0] > chunk]
+        assert all(sum(step.flops(*option).values()) > 1.02 * least for option in larger)
+    assert (64, "all") in seen
+    assert len(seen) > 3
+
+
+def test_nothing_fits():
+    found = plan(vit(), two_views(1), 64, memory=KIB)
+    assert (found.suggested_chunk_size, found.suggested_retain) == (0, 0)
+    assert "Does not fit" in str(found)
+    assert found.suggested_peak > KIB
+
+
+def test_memory_is_not_filled_to_the_brim():
+    encoder = vit()
+    step = step_of(encoder, two_views(1), 16)
+    need = min(step.peak(chunk, "all") for chunk in (2, 4, 8, 16))
+    assert plan(encoder, two_views(1), 16, memory=int(need / FILL) + 8).suggested_retain == "all"
+    assert plan(encoder, two_views(1), 16, memory=int(need / FILL) - 8).suggested_retain != "all"
+
+
+def test_planning_leaves_no_trace():
+    encoder = VisionEncoder(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.5)))
+    encoder.train()
+    encoder.backbone[1].eval()
+    before, modes = copy.deepcopy(encoder.state_dict()), [module.training for module in encoder.modules()]
+    sample, state = two_views(1), torch.get_rng_state()
+    plan(encoder, sample, 16, memory=MUCH)
+    assert torch.equal(state, torch.get_rng_state())
+    assert [module.training for module in encoder.modules()] == modes
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_model_without_values_has_the_same_plan():
+    with torch.device("meta"):
+        empty = vit()
+    found, expected = (plan(each, two_views(1), 64, memory=2**22) for each in (empty, vit()))
+    assert found == expected
+    assert 0 < found.suggested_chunk_size < 64
+
+
+def test_any_number_of_samples_will_do():
+    encoder = vit()
+    assert plan(encoder, two_views(1), 16, memory=MUCH) == plan(encoder, two_views(7), 16, memory=MUCH)
+
+
+def test_an_accelerator_holds_chunks_and_not_the_batch():
+    encoder, sample = vit(), two_views(1)
+    here = plan(encoder, sample, 64, memory=MUCH, chunk_size=2, retain=1)
+    there = plan(encoder, sample, 64, memory=MUCH, chunk_size=2, retain=1, device="cuda")
+    each = sample["pixel_values"].nbytes
+    assert here.bytes["first pass"]["inputs"] == 64 * each
+    assert there.bytes["first pass"]["inputs"] == (4 * 2 + 2) * each
+    assert CHUNKS_PER_CALL == CALLS_OF
+    assert (
+        there.bytes["first pass"]["a chunk being encoded"] > here.bytes["first pass"]["a chunk being encoded"]
+    )
+
+
+def test_optimizer_and_reduction_come_on_top():
+    encoder = vit(freeze_backbone=True)
+    training = sum(p.nbytes for p in encoder.parameters() if p.requires_grad)
+    weights = sum(each.nbytes for each in chain(encoder.parameters(), encoder.buffers()))
+    assert 0 < training < weights
+    parts = plan(encoder, two_views(1), 8, 2, memory=MUCH).bytes["second pass"]
+    assert parts["weights"] == weights
+    assert parts["optimizer state"] == 2 * training
+    assert parts["buckets of the reduction"] == parts["gradients"] == training
+
+
+def test_what_devices_send_one_another():
+    """W = 4, B = 6: 18 texts of others, twice; sums over 24 columns, three times; rings carry 2 (W-1)/W of it all."""
+    encoder = dual_encoder("clip").float()
+    found = plan(encoder, image_text_batch(1), 6, 4, memory=MUCH)
+    gradients = sum(p.nbytes for p in encoder.parameters())
+    assert found.sent == {
+        "representations": 2 * 18 * 8 * 4,
+        "column sums": 2 * 3 * (3 * 24 * 4) // 4,
+        "gradients": 2 * 3 * gradients // 4,
+    }
+    alone = plan(encoder, image_text_batch(1), 6, memory=MUCH)
+    assert set(alone.sent.values()) == {0}
+    assert found.flops["loss"] == pytest.approx(4 * alone.flops["loss"])
+
+
+def loss_on_rank(rank, world_size, name, rows, dim):
+    """Peak of a loss on real representations, beyond them and their gradients."""
+    generator = torch.Generator().manual_seed(rank)
+    kinds = {"clip": 2, "simclr": 1}
+    shape = (rows, dim) if name == "clip" else (rows, 2, dim)
+    reps = [
+        nn.functional.normalize(torch.randn(shape, generator=generator), dim=-1).requires_grad_()
+        for _ in range(kinds[name])
+    ]
+    scale = torch.tensor([14.0])
+    with LiveBytes([*reps, scale]) as live:
+        joined = [torch.cat([each]) for each in reps]
+        (CLIPLoss()(*joined, scale) if name == "clip" else NTXentLoss()(*joined)).backward()
+        del joined
+    assert all(each.grad.norm() > 0 for each in reps)
+    return live.peak - sum(each.nbytes for each in reps)
+
+
+@pytest.mark.parametrize("rows", [1100, 2500])
+@pytest.mark.parametrize("name", ["clip", "simclr"])
+def test_workspace_of_a_loss(name, rows):
+    shapes = {"image": (256,), "text": (256,)} if name == "clip" else {"views": (2, 256)}
+    computed = loss_cost(shapes, rows, 1).workspace
+    assert computed == pytest.approx(loss_on_rank(0, 1, name, rows, 256), rel=0.15)
+
+
+def test_workspace_has_the_budget_of_tiles_and_no_more():
+    rows = 2**16
+    assert loss_cost({"image": (64,), "text": (64,)}, rows, 1).workspace < 2**28 + 2 * 4 * rows * 64 + 2**23
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["clip", "simclr"])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_workspace_of_a_loss_over_ranks(tmp_path, name, world_size):
+    shapes = {"image": (256,), "text": (256,)} if name == "clip" else {"views": (2, 256)}
+    found = run_on_ranks(loss_on_rank, world_size, tmp_path, world_size, name, 1500, 256)
+    assert loss_cost(shapes, 1500, world_size).workspace == pytest.approx(max(found), rel=0.15)
+
+
+def test_the_table_has_every_part_and_the_file_every_number():
+    found = plan(
+        dual_encoder("clip").float(), image_text_batch(1), 64, 2, memory=24 * 2**30, chunk_size=8, retain=1
+    )
+    text = str(found)
+    for words in (
+        "64 samples on each of 2 devices, chunk_size=8, retain=1",
+        "weights",
+        "optimizer state",
+        "gradients",
+        "retained graphs",
+        "first pass",
+        "share of the work",
+        "of 24.0 GiB",
+        "Sent by each device",
+        "Suggested: chunk_size=64, retain=all",
+    ):
+        assert words in text
+    saved = json.loads(json.dumps(found.to_dict()))
+    assert saved["peak"] == found.peak == max(sum(parts.values()) for parts in saved["bytes"].values())
+
+
+def test_wrong_sizes_and_unknown_memory_are_refused():
+    with pytest.raises(ValueError, match="sizes of at least 1, got a batch of 0 on 1 devices"):
+        plan(vit(), two_views(1), 0)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="a device that is not here"):
+            plan(vit(), two_views(1), 8, device="cuda")
+
+
+class Unforeseeable(nn.Linear):
+    """Its shapes depend on values."""
+
+    def forward(self, x):
+        return super().forward(x) if bool(x.sum() > 0) else super().forward(x) + 1
+
+
+def test_an_encoder_that_looks_at_values_is_refused():
+    with pytest.raises(ValueError, match="looks at their values"):
+        plan(Unforeseeable(7, 5), torch.ones(2, 7), 8)
+
+
+def test_a_plain_module_over_one_tensor():
+    found = plan(nn.Linear(7, 5), torch.zeros(2, 7), 8, memory=MUCH)
+    assert (found.suggested_chunk_size, found.suggested_retain) == (8, "all")
+    assert found.bytes["first pass"]["inputs"] == 8 * 7 * 4
