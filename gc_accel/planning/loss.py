@@ -55,8 +55,8 @@ def loss_cost(shapes: Mapping[Any, tuple[int, ...]], batch_size: int, devices: i
     products = (4 - kept / logits) * (0.5 if halved else 1)
     tiles = TILES_AT_WORK * FLOAT * min(TILE_ROWS, anchors) * min(TILE_COLUMNS, columns)
     at_work = int(kept) + tiles
-    if not others:
-        workspace = _workspace_of_views(own_bytes, columns_bytes, at_work, devices)
+    if not others:  # joined from chunks, of every rank, and the one gradient of them all
+        workspace = at_work + 2 * columns_bytes
     else:  # representations joined from chunks; on several devices also all candidates, and their gradient
         workspace = at_work + (own_bytes if devices == 1 else rows_bytes + 2 * columns_bytes)
 
@@ -73,10 +73,3 @@ def loss_cost(shapes: Mapping[Any, tuple[int, ...]], batch_size: int, devices: i
 def ring_all_reduce(nbytes: int, devices: int) -> int:
     """Bytes that each of some devices sends to sum `nbytes` over all of them in a ring."""
     return 2 * (devices - 1) * nbytes // devices
-
-
-def _workspace_of_views(own: int, columns: int, at_work: int, devices: int) -> int:
-    """As many copies of the views as the sums over classes and the statistics hold; counted, see its test."""
-    if devices == 1:
-        return max(4 * own + at_work, 11 * own // 2)
-    return 2 * own + 5 * columns // 2 + at_work
