@@ -153,6 +153,8 @@ class Step:
         if calls.everything:  # in one backward pass, the latest call first: it makes the gradients
             later = max((cost.backward - cost.graph + self.largest for cost in chunks), default=0)
             return max(graphs + joint.fresh - joint.graph, graphs - joint.graph + made + later)
+        if not chunks:  # the joint call is the only one, and makes the gradients
+            return max(joint.building, joint.fresh)
         peaks = [made + joint.replay, *(made + cost.replay for cost in chunks)]
         kept, costliest = calls.retained[self.trained[0]], self.trained[0]
         if kept:
