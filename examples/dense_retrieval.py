@@ -27,9 +27,8 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase, get_
 from gc_accel import GradientCache
 from gc_accel.command_line import option, parse
 from gc_accel.cores import use_all_cores
-from gc_accel.data.loader import ChunkedLoader
+from gc_accel.data import BatchPlan, ChunkedLoader
 from gc_accel.data.passages import NumberPassages, passages_config, passages_tokenizer
-from gc_accel.data.plan import BatchPlan
 from gc_accel.data.triplets import Corpus, TripletCollator, TripletDataset, load_triplets
 from gc_accel.distributed import RankedBatch
 from gc_accel.encoders import Retriever
