@@ -40,8 +40,8 @@ from gc_accel.data import (
 from gc_accel.data.splits import SplitArguments, check_streaming, load_splits
 from gc_accel.evaluation import zero_shot_accuracy, zero_shot_classifier
 from gc_accel.pictures import retrieval_sheet, training_curve
-from gc_accel.planning.program import PlanArguments, print_plan
-from gc_accel.trainer import retrieval_of_pairs
+from gc_accel.training import retrieval_of_pairs
+from gc_accel.training.planning import PlanArguments, print_plan
 
 BUILT_IN = "numbers"
 OPEN_CLIP = "open_clip:"

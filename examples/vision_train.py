@@ -43,7 +43,7 @@ from gc_accel.data.sources import Rows, features_of
 from gc_accel.data.splits import SplitArguments, check_streaming, load_splits
 from gc_accel.data.transforms import MultiView
 from gc_accel.pictures import embedding_map, training_curve
-from gc_accel.planning.program import PlanArguments, print_plan
+from gc_accel.training.planning import PlanArguments, print_plan
 
 BUILT_IN = "digits"
 FROM_SCRATCH, FINE_TUNING = 2e-3, 3e-5  # peak learning rates

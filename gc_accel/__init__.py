@@ -1,10 +1,9 @@
 """Train contrastive models at any batch size: exact gradient caching on Accelerate and Transformers."""
 
-from gc_accel.arguments import CachedContrastiveArguments
 from gc_accel.encoders import DualEncoder, VisionEncoder
 from gc_accel.equivalence import check_equivalence
 from gc_accel.gradient_cache import GradientCache
-from gc_accel.trainer import CachedContrastiveTrainer
+from gc_accel.training import CachedContrastiveArguments, CachedContrastiveTrainer
 
 __all__ = [
     "CachedContrastiveArguments",

@@ -15,8 +15,7 @@ import torch
 from gc_accel.chunking import Inputs, batch_size, slice_inputs, split_streams
 from gc_accel.distributed import Replicas
 from gc_accel.encoding import encode
-from gc_accel.planning.fit import largest_chunk
-from gc_accel.planning.live import LiveBytes
+from gc_accel.memory import LiveBytes
 from gc_accel.recovery import StepStart
 
 ChunkSize = int | Mapping[str, int] | Literal["auto"]
@@ -113,6 +112,32 @@ def fit_chunk_size(
     low, high = (_peak(slice_inputs(sample, 0, count), replicas) for count in (few, many))
     found = largest_chunk((few, low), (many, high), _bound(memory, replicas.device) - reserved)
     return int(replicas.lowest([found])[0])
+
+
+def largest_chunk(small: tuple[int, float], large: tuple[int, float], memory: float) -> int:
+    """The largest chunk whose peak stays within `memory`.
+
+    Args:
+        small, large: a chunk size and the peak that was measured with it, in bytes, or whatever unit `memory` is in.
+            Take them as large as is cheap: for a few samples, what the weights need can hide what the samples do.
+        memory: bytes that may be used.
+
+    Raises:
+        ValueError: the peaks do not grow with the chunk; not even one sample fits.
+    """
+    (few, low), (many, high) = small, large
+    if not 0 < few < many or high <= low:
+        raise ValueError(
+            f"expected a larger peak for a larger chunk, got {small} and {large}: measure larger ones"
+        )
+    per_sample = (high - low) / (many - few)
+    chunk = int(few + (memory - low) // per_sample)
+    if chunk < 1:
+        raise ValueError(
+            f"expected memory for a chunk of one sample, got {memory:,.0f} where it takes "
+            f"{low - (few - 1) * per_sample:,.0f}: turn on gradient checkpointing, or freeze a part of the model"
+        )
+    return chunk
 
 
 def _peak(chunk: Inputs, replicas: Replicas) -> int:

@@ -20,6 +20,8 @@ from gc_accel.chunking import Inputs
 
 def to_device(chunk: Inputs, device: torch.device) -> Inputs:
     """Nested inputs on the device, ready for what is launched next on its current stream."""
+    if device.type == "cpu":
+        return chunk
     if device.type == "cuda":
         return _copies(device).send(chunk)
     return send_to_device(chunk, device, non_blocking=True)

@@ -11,7 +11,7 @@ from gc_accel import GradientCache
 from gc_accel.chunk_size import fit_chunk_size
 from gc_accel.distributed import Replicas
 from gc_accel.losses import CLIPLoss, dense
-from gc_accel.planning import LiveBytes
+from gc_accel.memory import LiveBytes
 from tests.comparing import assert_equal, gradients
 from tests.models import dual_encoder, image_text_batch
 from tests.ranks import run_on_ranks

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from gc_accel import CachedContrastiveArguments, CachedContrastiveTrainer
 from gc_accel.data import HandwrittenDigits, MultiViewDataset, ViewsCollator, simclr_transform
-from gc_accel.loss_state import FILE
 from gc_accel.losses import LOSSES, BYOLLoss, MoCoLoss, MomentumEncoder, NNCLRLoss, SimSiamLoss, SwAVLoss
+from gc_accel.training.loss_state import FILE
 from tests.test_vision_encoder import BACKBONES, IMAGE, VisionEncoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
@@ -81,7 +81,7 @@ def test_resume_in_the_middle_of_an_epoch_is_exact(tmp_path, method):
 def test_a_state_that_stays_behind_would_be_seen(tmp_path, method, monkeypatch):
     whole = make_trainer(tmp_path / "whole", method, save_strategy="steps", save_steps=3)
     whole.train()
-    monkeypatch.setattr("gc_accel.trainer.load_loss", lambda loss, directory: None)
+    monkeypatch.setattr("gc_accel.training.trainer.load_loss", lambda loss, directory: None)
     resumed = make_trainer(tmp_path / "resumed", method)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     weights, other = whole.encoder.state_dict(), resumed.encoder.state_dict()

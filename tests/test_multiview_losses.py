@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from gc_accel.losses import NTXentLoss, SelfConLoss, SupConLoss, classes, dense, streaming, tiling
 from gc_accel.losses.pairs import Pairs
-from gc_accel.planning.live import LiveBytes
+from gc_accel.memory import LiveBytes
 from tests.comparing import assert_equal
 
 OPTIONS = [

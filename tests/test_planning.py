@@ -14,9 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTModel
 
 from gc_accel import GradientCache, VisionEncoder
-from gc_accel.chunk_size import CALLS_OF
+from gc_accel.chunk_size import CALLS_OF, largest_chunk
 from gc_accel.losses import CLIPLoss, NTXentLoss
-from gc_accel.planning import LiveBytes, largest_chunk, plan
+from gc_accel.memory import LiveBytes
+from gc_accel.planning import plan
 from gc_accel.planning.dry_run import Cost, DryRun
 from gc_accel.planning.loss import loss_cost
 from gc_accel.planning.plan import FILL, most_retained, suggest

@@ -27,7 +27,7 @@ from gc_accel.data import (
     numbers_processor,
 )
 from gc_accel.losses import CLIPLoss
-from gc_accel.precomputing import precompute
+from gc_accel.training.precomputing import precompute
 from tests.launching import QUICK, launch, training_log
 from tests.models import dual_encoder, image_text_batch, open_clip_vit
 from tests.ranks import run_on_ranks

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import CLIPModel, CLIPProcessor, Trainer, TrainingArguments
 
-import gc_accel.trainer as trainer_module
+import gc_accel.training.trainer as trainer_module
 from gc_accel import CachedContrastiveArguments, CachedContrastiveTrainer, DualEncoder
 from gc_accel.data import (
     HandwrittenNumbers,

@@ -57,7 +57,7 @@ def test_a_measured_size_comes_back_on_resume(tmp_path, monkeypatch):
     run = make_trainer(tmp_path / "run", model=clip_model(dropout=0.3), **options)
     run.train()
     resumed = make_trainer(tmp_path / "resumed", model=clip_model(dropout=0.3), **options)
-    monkeypatch.setattr("gc_accel.run_chunk_sizes.fit_chunk_size", None)  # not to be called
+    monkeypatch.setattr("gc_accel.training.chunk_sizes.fit_chunk_size", None)  # not to be called
     resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-3"))
     assert resumed.chunk_sizes.of_loader == run.chunk_sizes.of_loader
     for name, value in weights(resumed).items():

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from gc_accel.chunking import Inputs, batch_size, call, named, split_streams
-from gc_accel.planning.live import LiveBytes
+from gc_accel.memory import LiveBytes
 
 Rows = Mapping[Any, int]  # samples of each stream in one call of the encoder
 

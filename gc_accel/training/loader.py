@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from gc_accel.arguments import CachedContrastiveArguments
 from gc_accel.chunk_size import CALLS_OF
 from gc_accel.data import BatchPlan, ChunkedLoader, StreamLoader, StreamPlan
 from gc_accel.data.rows import stream_of
+from gc_accel.training.arguments import CachedContrastiveArguments
 
 
 def training_loader(

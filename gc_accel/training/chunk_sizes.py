@@ -15,10 +15,10 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from gc_accel.arguments import CachedContrastiveArguments
 from gc_accel.chunk_size import PROBE, fit_chunk_size
 from gc_accel.distributed import Replicas
 from gc_accel.distributed.collectives import lowest
+from gc_accel.training.arguments import CachedContrastiveArguments
 
 KEY = "chunk_sizes"  # among the states of the callbacks, the part of the trainer's state that is free in form
 # Copies of the weights that train, which come after the measurement: Adam's two, and the buckets of a reduction.

@@ -18,7 +18,7 @@ class CachedContrastiveArguments(TrainingArguments):
         sort_by_length: sort the texts of a batch by length before it is cut into chunks.
         chunk_tokens: text tokens, padding included, that a chunk has at most, beside `chunk_size`.
         shuffle_buffer: rows of a stream that are shuffled among themselves.
-        precompute_frozen: encode what a frozen tower sees once, before training (`gc_accel/precomputing.py`).
+        precompute_frozen: encode what a frozen tower sees once, before training (`gc_accel/training/precomputing.py`).
         check_equivalence: compare a cached with a direct step on the first batch (`gc_accel/equivalence`).
 
     Raises:

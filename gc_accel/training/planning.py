@@ -8,7 +8,7 @@ import torch
 from gc_accel.command_line import option
 from gc_accel.losses.accumulated import AccumulatedLoss
 from gc_accel.planning.plan import Plan, plan
-from gc_accel.trainer import CachedContrastiveTrainer
+from gc_accel.training.trainer import CachedContrastiveTrainer
 
 
 @dataclass

@@ -6,10 +6,10 @@ from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
-from gc_accel.arguments import CachedContrastiveArguments
 from gc_accel.data.streaming import StreamLoader
 from gc_accel.encoders import DualEncoder
 from gc_accel.losses import AccumulatedLoss
+from gc_accel.training.arguments import CachedContrastiveArguments
 
 logger = logging.get_logger(__name__)
 

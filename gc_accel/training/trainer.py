@@ -22,8 +22,6 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from gc_accel.arguments import CachedContrastiveArguments
-from gc_accel.callbacks import StepCallback
 from gc_accel.chunking import batch_size, call, split_streams
 from gc_accel.data import ChunkedLoader, ImageTextCollator, StreamLoader
 from gc_accel.data.padding import padding_is_inert
@@ -32,12 +30,14 @@ from gc_accel.encoders import DualEncoder
 from gc_accel.equivalence import check_equivalence_chunks, representation_drift
 from gc_accel.evaluation import retrieval_metrics
 from gc_accel.gradient_cache import GradientCache
-from gc_accel.loss_state import load_loss, prepared, save_loss
 from gc_accel.losses import LOSSES
 from gc_accel.memory import peak_memory_mib
-from gc_accel.precomputing import precompute
-from gc_accel.run_chunk_sizes import RunChunkSizes
-from gc_accel.training_loader import training_loader
+from gc_accel.training.arguments import CachedContrastiveArguments
+from gc_accel.training.callbacks import StepCallback
+from gc_accel.training.chunk_sizes import RunChunkSizes
+from gc_accel.training.loader import training_loader
+from gc_accel.training.loss_state import load_loss, prepared, save_loss
+from gc_accel.training.precomputing import precompute
 
 Representations = dict[str, Tensor]
 DRIFT_TOLERANCE = 1e-3  # relative; the same chunk in the same state is mostly equal to the last bit
