@@ -5,8 +5,11 @@
 
 Seconds of processor time of the one thread, medians over interleaved rounds, retain=1. A call of the encoder is timed
 from its first line to its last, a backward pass (the loss's and each chunk's) around `torch.autograd.backward`, the
-loss around its forward; the rest of the step is the engine. What frees a chunk's graph after its backward pass counts
-as engine, and so does timing, a microsecond a call. GradCache, measured alike, shows how much of it any engine has.
+loss around its forward; the rest of the step is the engine, and so is timing, a microsecond a call.
+
+That rest includes what frees a chunk's graph, which a step without an engine has to do as well. So the same is
+measured with towers that do nothing, which leave no graph to speak of: what is left is the engine alone, and its share
+is taken of the step with the real towers. GradCache, measured alike, shows how much of it any engine has.
 """
 
 import argparse
@@ -17,16 +20,18 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks import contenders
-from benchmarks.clips import TINY, Clip
+from benchmarks.clips import DIM, TINY, Clip
 from benchmarks.measuring import percent, print_table, settle
 from benchmarks.peers import LENGTH
+from gc_accel import DualEncoder
 from gc_accel.losses import CLIPLoss
 
 CONTENDERS = {"gc_accel": contenders.gc_accel, "GradCache 0.0.1": contenders.grad_cache}
@@ -66,22 +71,41 @@ def take(step: Callable[[], Any], encoder: nn.Module) -> tuple[float, Parts]:
         return time.thread_time() - begin, parts
 
 
+class Hollow(nn.Module):
+    """A CLIP whose towers do nothing but give every sample a representation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual, self.textual = nn.Parameter(torch.ones(DIM)), nn.Parameter(torch.ones(DIM))
+        self.logit_scale = nn.Parameter(torch.ones(()))
+
+    def get_image_features(self, pixel_values: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(pooler_output=pixel_values.flatten(1)[:, :DIM] * self.visual)
+
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(pooler_output=input_ids[:, :1] * self.textual)
+
+
 def measure(clip: Clip, size: int, chunk_size: int, rounds: int) -> Iterator[list[str]]:
-    """Rows: seconds of a step, calls, microseconds of the engine per call, its share."""
-    encoder, batch = clip.encoder(), clip.batch([LENGTH] * size)
-    steps = {name: partial(make(encoder, chunk_size), batch) for name, make in CONTENDERS.items()}
-    taken: dict[str, list[tuple[float, Parts]]] = {name: [] for name in steps}
+    """Rows: seconds of a step, calls, microseconds of the engine per call and its share, twice."""
+    batch = clip.batch([LENGTH] * size)
+    encoders = {"real": clip.encoder(), "hollow": DualEncoder(Hollow().train())}
+    cases = {(name, kind): make for name, make in CONTENDERS.items() for kind in encoders}
+    steps = {case: partial(make(encoders[case[1]], chunk_size), batch) for case, make in cases.items()}
+    taken: dict[tuple[str, str], list[tuple[float, Parts]]] = {case: [] for case in steps}
     for number in range(rounds + 1):
-        for name, step in steps.items():
-            found = take(step, encoder)
+        for case, step in steps.items():
+            found = take(step, encoders[case[1]])
             if number:  # the first round warms up
-                taken[name].append(found)
-    for name, each in taken.items():
-        calls = each[0][1].calls["encoder"]
-        engine = [whole - sum(parts.seconds.values()) for whole, parts in each]
-        share = median(seconds / whole for seconds, (whole, _) in zip(engine, each, strict=True))
-        whole = median(whole for whole, _ in each)
-        yield [name, f"{whole:.2f}", f"{calls}", f"{1e6 * median(engine) / calls:.0f}", percent(share)]
+                taken[case].append(found)
+    for name in CONTENDERS:
+        whole = median(seconds for seconds, _ in taken[name, "real"])
+        calls = taken[name, "real"][0][1].calls["encoder"]
+        cells = [name, f"{whole:.2f}", f"{calls}"]
+        for kind in encoders:
+            engine = median(seconds - sum(parts.seconds.values()) for seconds, parts in taken[name, kind])
+            cells += [f"{1e6 * engine / calls:.0f}", percent(engine / whole)]
+        yield cells
 
 
 def profile(clip: Clip, size: int, chunk_size: int) -> None:
@@ -115,8 +139,10 @@ def main() -> None:
         "",
         "seconds",
         "calls of the encoder",
-        "engine, µs a call",
-        "engine, of the step",
+        "engine and freeing, µs a call",
+        "of the step",
+        "engine alone, µs a call",
+        "of the step",
     ]
     cases = [(size, chunk) for size in args.batches for chunk in args.chunks]
     rows = (

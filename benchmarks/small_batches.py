@@ -34,7 +34,7 @@ SCANS, LABELS = 1437, 10  # to train on; labels per class that the linear probe 
 SMALL, LARGE, CHUNK = 32, 256, 32
 DIRECT, TEACHER = 3.0, 1.0  # passes of a sample
 PROBE, RAW = "eval_few_labels_mean_backbone", "eval_few_labels_mean_raw"
-RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
+RATES = [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3]
 TUNING = {"seed": 100, "split_seed": 1}  # reported are split 0 and seeds from 0
 
 

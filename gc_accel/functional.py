@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from gc_accel.distributed import RankedBatch
 from gc_accel.encoding import encode
+from gc_accel.rng import CPU, device_in_use
 
 
 def cached(func: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
@@ -50,7 +51,7 @@ def cached(func: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
     def first_pass(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
         device = _device(func, args, kwargs)
         outputs, replay = encode(partial(_tensors, func, *args, **kwargs), {}, device=device)
-        strangers = {str(out.device) for out in outputs.values() if out.device not in (device, _CPU)}
+        strangers = {str(out.device) for out in outputs.values() if out.device not in (device, CPU)}
         if strangers:
             raise ValueError(
                 f"expected representations on {device}, whose random state is replayed, got {sorted(strangers)}: "
@@ -109,9 +110,6 @@ def gather_input_tensor(func: Callable[..., Any], axis: int = 0) -> Callable[...
     return _on_inputs(func, gathered)
 
 
-_CPU = torch.device("cpu")
-
-
 def _on_inputs(func: Callable[..., Any], change: Callable[[Any], Any]) -> Callable[..., Any]:
     @wraps(func)
     def changed(*args: Any, **kwargs: Any) -> Any:
@@ -147,8 +145,7 @@ def _check_leaves(leaves: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> N
 def _device(*values: Any) -> torch.device:
     """The first accelerator that holds an argument, or the current CUDA device if CUDA is in use, or the CPU."""
     found = (tensor.device for tensor in _walk(values))
-    fallback = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_initialized() else _CPU
-    return next((device for device in found if device != _CPU), fallback)
+    return next((device for device in found if device != CPU), device_in_use())
 
 
 def _walk(value: Any) -> Iterator[Tensor]:

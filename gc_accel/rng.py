@@ -13,6 +13,14 @@ import torch
 from torch import Tensor
 
 
+CPU = torch.device("cpu")
+
+
+def device_in_use() -> torch.device:
+    """Where a function computes that has no tensors to tell by: the current CUDA device if CUDA is in use."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_initialized() else CPU
+
+
 @dataclass(frozen=True)
 class RngState:
     """State of the CPU's generator and, on an accelerator, of the device's."""

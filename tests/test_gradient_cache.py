@@ -252,6 +252,29 @@ def test_a_list_of_captions_is_one_argument(chunk_size):
     assert_equal(take_gradients(embedding), expected)
 
 
+def test_a_function_without_parameters_computes_on_the_device_in_use(monkeypatch):
+    """Its random state would not be replayed otherwise, and its inputs would be taken off the device."""
+    monkeypatch.setattr("gc_accel.distributed.replicas.device_in_use", lambda: torch.device("meta"))
+    assert GradientCache(lambda x: x, pair_loss).replicas.device == torch.device("meta")
+    assert GradientCache(nn.Linear(2, 2), pair_loss).replicas.device == torch.device("cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("inputs", ["cuda", "cpu"])
+def test_a_function_around_a_model_on_a_gpu_replays_its_dropout(inputs):
+    model = nn.Sequential(nn.Linear(6, 50), nn.Dropout(0.5)).double().cuda()
+    batch = torch.randn(7, 6, dtype=torch.float64, device=inputs)
+    torch.cuda.manual_seed(1)
+    cache = GradientCache(lambda x: model(x.cuda()), pair_loss, 2, retain=0)
+    cache.forward_backward(batch)
+    found = take_gradients(model)
+    torch.cuda.manual_seed(1)
+    joint, *chunks = [batch[0:2], batch[2:4], batch[4:6], batch[6:7]]
+    reps = [model(chunk.cuda()) for chunk in [*chunks, joint]]  # the head of the first chunk comes last
+    pair_loss(torch.cat([reps[-1], *reps[:-1]])).backward()
+    assert_equal(found, take_gradients(model))
+
+
 def test_whole_batch_values_in_chunks_reach_the_loss_once():
     encoder, batch = dual_encoder("clip"), image_text_batch(SIZE)
     seen = []

@@ -35,6 +35,7 @@ from gc_accel.chunking import call, unnamed
 from gc_accel.distributed.agreement import Agreement, PeerOutOfMemory
 from gc_accel.distributed.alignment import align
 from gc_accel.distributed.collectives import GlobalLoss, RankedBatch, lowest, world_size
+from gc_accel.rng import device_in_use
 from gc_accel.schedule import Rows, Turn
 
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -80,7 +81,7 @@ class Replicas:
             self.device = accelerator.device
         else:
             self.world_size = world_size(self.group) if isinstance(encoder, DistributedDataParallel) else 1
-            self.device = next((each.device for each in self.parameters), torch.device("cpu"))
+            self.device = next((each.device for each in self.parameters), device_in_use())
         sharding = accelerator is not None and accelerator.distributed_type in SHARDING
         self.sharded = sharding and self.world_size > 1
         self.agreement = Agreement(self.device, self.group, self.world_size)
