@@ -1,38 +1,47 @@
 """Plain accumulation, for losses with which it is exact: the cheapest schedule for each.
 
-    targets from    first pass, no graph    second pass, with a graph      forwards of n chunks
-    nobody          none                    the encoder                    n        SimSiam
-    the teacher     the teacher             the encoder                    n + n    BYOL, MoCo
-    the encoder     the encoder             the encoder again, replayed    2n       SwAV
+    targets from    first pass              second pass, with a graph       forwards of n chunks
+    nobody          none                    the encoder                     n         SimSiam
+    the teacher     the teacher             the encoder                     n + n     BYOL, MoCo
+    the encoder     the encoder             the encoder again, but for k    2n - k    SwAV
+                                            chunks that kept their graph
 
 (Regimes and derivation: `losses/accumulated.py`.) All chunks are read, and run through the first pass as they
 come, before the first one is trained on, because each term weighs 1/N and only then is N known. Between the passes
 `loss.targets` sees the whole batch, and ranks meet, however many chunks each has. The second pass is a forward and
-a backward pass of each chunk, with the memory of one. The last one syncs the ranks; it touches every parameter that
-trains, as each chunk runs through the whole encoder.
+a backward pass of each chunk, with the memory of one and of the graphs that were kept. As in a gradient cache, the
+first chunk comes last in both passes. It syncs the ranks, and touches every parameter that trains, as each chunk runs
+through the whole encoder.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
+from functools import partial
+from itertools import accumulate as accumulated
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gc_accel.chunking import Inputs, batch_size, split_streams
+from gc_accel.chunking import Inputs, split_streams
 from gc_accel.distributed import RankedBatch, Replicas
-from gc_accel.encoding import Encoded, Named, by_name, encode
+from gc_accel.encoding import Encoded, Named, Parts, by_name, encode, encode_together
 from gc_accel.losses.accumulated import AccumulatedLoss, StatefulLoss
 from gc_accel.numerics import check_finite
-from gc_accel.schedule import Rows, Turn
+from gc_accel.schedule import Block, FirstPass, Rows, Turn
 
 
 class Chunk(NamedTuple):
     """A chunk that waits for the second pass."""
 
+    encoded: Encoded  # what the targets are made of, and the encoder's forward, with a graph
     rows: slice  # where it is in the batch of this rank; empty if it only keeps sharded ranks in step
-    forward: Callable[[], Named]  # through the encoder, with a graph
+    retained: bool
+
+    @property
+    def size(self) -> int:
+        return self.rows.stop - self.rows.start
 
 
 def is_accumulated(loss: Any) -> bool:
@@ -60,19 +69,25 @@ def accumulate(cache: Any, chunks: Iterable[Inputs], loss_kwargs: Mapping[str, A
     loss, replicas = cache.loss_fn, cache.replicas
     _check(loss, replicas, loss_kwargs)
     cache.batch_norms.begin_step()
-    waiting, reps = _first_pass(cache, chunks)
+    waiting = _first_pass(cache, chunks)
+    reps = {name: rep for name, rep in _noted(waiting).items() if name not in cache.global_names}
     together = replicas.agreement.before_each_collective()
     with together, torch.no_grad(), torch.autocast(replicas.device.type, enabled=False):
         batch = RankedBatch(waiting[-1].rows.stop, replicas.device, loss.process_group)
         if reps:
             check_finite(batch.sum(torch.stack([rep.sum() for rep in reps.values()]).sum()), reps)
         targets = loss.targets(reps, batch)
-    again = loss.targets_from == "encoder"
+    # Graphs that were kept come first, as they take memory, and the first chunk last.
+    order = sorted(range(1, len(waiting)), key=lambda index: not waiting[index].retained)
+    terms, again = dict[int, Tensor](), loss.targets_from == "encoder"
     with replicas.second_pass(), cache.batch_norms.second_pass() if again else nullcontext():
-        terms = [_push(cache, each, targets, batch.total, sync=False) for each in waiting[:-1]]
+        for index in order:
+            terms[index] = _push(cache, waiting[index], targets, batch.total, sync=False)
         with replicas.synced_call():
-            terms.append(_push(cache, waiting[-1], targets, batch.total, sync=True))
-    own = torch.cat(terms)
+            terms[0] = _push(cache, waiting[0], targets, batch.total, sync=True)
+    if again:
+        cache.retention.decide({None: waiting[-1].rows.stop})
+    own = torch.cat([terms[index] for index in range(len(waiting))])
     with replicas.agreement.before_each_collective(), torch.no_grad():
         value = batch.sum(own.sum()) / batch.total
         check_finite(value, {"loss": own[:, None]})
@@ -106,52 +121,72 @@ def _check(loss: AccumulatedLoss, replicas: Replicas, loss_kwargs: Mapping[str, 
         )
 
 
-def _first_pass(cache: Any, chunks: Iterable[Inputs]) -> tuple[list[Chunk], Named]:
-    """Read all chunks; what the targets are made of, `(B, ...)` by name, none of it with a graph."""
-    first, noted, waiting = dict[Any, Rows](), defaultdict[Any, list[Tensor]](list), list[Chunk]()
-    done = 0
-    for turn in cache.replicas.aligned(_turns(cache, chunks, first), first, [None]):
-        reps, forward = _encode(cache, turn.rows.inputs)
-        rows = slice(done, done + len(turn.rows) * turn.counts)
-        waiting.append(Chunk(rows, forward))
-        done = rows.stop
-        for name in reps.keys() - cache.global_names if turn.counts else ():
-            noted[name].append(reps[name].detach())
-    if not waiting:
+def _first_pass(cache: Any, chunks: Iterable[Inputs]) -> list[Chunk]:
+    """Read all chunks, and encode them as the targets want it, the first one last; in the order of the batch."""
+    replicas, size = cache.replicas, min(cache.chunk_sizes.values())
+    own_targets = cache.loss_fn.targets_from == "encoder"
+    limits = cache.retention.limits([None], [None], {None: size}) if own_targets else {None: 0.0}
+    nominal = cache.retention.counts_chunks or replicas.sharded
+    schedule = FirstPass({None: size}, {None: min(cache.sizes.calls.values())}, limits, nominal=nominal)
+    first, calls = dict[Any, Rows](), list[tuple[Encoded, int, bool]]()
+    parts = (split_streams(chunk, cache.streams)[0] for chunk in chunks)  # all streams in one
+    turns = replicas.aligned(schedule.turns(parts, {None: ()}, [None], first, {}), first, [None])
+    for block in schedule.blocks(turns):
+        for turn, encoded in zip(block.turns, _encode_block(cache, block), strict=True):
+            calls.append((encoded, len(turn.rows) * turn.counts, block.retain))
+        schedule.call_sizes = {None: min(cache.sizes.calls.values())}  # which random draws have changed
+    if not first:
         raise ValueError("expected a batch of at least one sample, got none")
-    return waiting, {name: torch.cat(parts) for name, parts in noted.items()}
+    # Ranks reduce in the call of the first chunk, after the targets: there is a way back until then.
+    everything = schedule.has_room(first, [None]) and all(retained for *_, retained in calls)
+    retain = own_targets and everything and replicas.world_size == 1
+    (encoded,) = _encode_block(cache, Block([Turn(None, first[None])], retain))
+    calls.insert(0, (encoded, len(first[None]), retain))
+    stops = accumulated(count for _, count, _ in calls)
+    return [
+        Chunk(e, slice(stop - count, stop), kept) for (e, count, kept), stop in zip(calls, stops, strict=True)
+    ]
 
 
-def _turns(cache: Any, chunks: Iterable[Inputs], first: dict[Any, Rows]) -> Iterator[Turn]:
-    """Cut chunks to size, with all streams in one."""
+def _noted(chunks: Iterable[Chunk]) -> Named:
+    """What the targets are made of, `(B, ...)` by name, without a graph."""
+    found = defaultdict[Any, list[Tensor]](list)
     for chunk in chunks:
-        parts, _ = split_streams(chunk, cache.streams)
-        for rows in Rows(parts, 0, batch_size(chunk)).cut(min(cache.chunk_sizes.values())):
-            first.setdefault(None, rows)
-            yield Turn(None, rows)
+        for name, leaf in chunk.encoded.leaves.items():
+            found[name].append(leaf.detach()[: chunk.size])
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def _encode(cache: Any, parts: dict[Any, Inputs]) -> tuple[Named, Callable[[], Named]]:
-    """First pass of a chunk: representations for the targets, and the forward that is left for the second."""
-    loss, replicas = cache.loss_fn, cache.replicas
+def _encode_block(cache: Any, block: Block) -> list[Encoded]:
+    """First pass of adjacent chunks: representations for the targets, and the forward that is left for the second."""
+    loss, whole, parts = cache.loss_fn, block.rows.inputs, [turn.rows.inputs for turn in block.turns]
     if loss.targets_from == "encoder":
-        with replicas.reducing(False):
-            return cache._encode(parts, False)
-
-    def forward() -> Named:
-        return cache._encode(parts, True).replay()
-
+        return cache._encode_block(whole, parts, block.retain)
+    forwards = [partial(_forward, cache, part) for part in parts]
     if loss.targets_from is None:
-        return {}, forward
-    with nullcontext() if replicas.accelerator is None else replicas.accelerator.autocast():
-        return encode(loss.teacher, parts.get(None, parts), device=replicas.device).leaves, forward
+        return [Encoded({}, forward) for forward in forwards]
+    accelerator = cache.replicas.accelerator
+    with nullcontext() if accelerator is None else accelerator.autocast():
+        targets = _by_teacher(cache, whole, parts)
+    return [Encoded(each.leaves, forward) for each, forward in zip(targets, forwards, strict=True)]
+
+
+def _by_teacher(cache: Any, whole: Parts, parts: list[Parts]) -> list[Encoded]:
+    teacher, device = cache.loss_fn.teacher, cache.replicas.device
+    joined, *chunks = (each.get(None, each) for each in (whole, *parts))
+    together = encode_together(teacher, joined, chunks, device=device, shared=cache.global_names)
+    return together or [encode(teacher, chunk, device=device) for chunk in chunks]
+
+
+def _forward(cache: Any, parts: Parts) -> Named:
+    return cache._encode(parts, True).replay()
 
 
 def _push(cache: Any, chunk: Chunk, targets: Any, total: int, *, sync: bool) -> Tensor:
     """Second pass of a chunk, forward and backward; its terms of the loss `(C,)`."""
-    count = chunk.rows.stop - chunk.rows.start
+    count = chunk.size
     with cache.replicas.reducing(sync):
-        outputs = chunk.forward()
+        outputs = chunk.encoded.replay()
         reps = {name: out if name in cache.global_names else out[:count] for name, out in outputs.items()}
         with torch.autocast(cache.replicas.device.type, enabled=False):
             terms = cache.loss_fn.per_sample(reps, targets, chunk.rows)

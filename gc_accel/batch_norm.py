@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from gc_accel.modules import modules_of
 
 Policy = Literal["error", "frozen", "ghost"]
 
@@ -30,7 +31,7 @@ class BatchNorms:
     def __init__(self, model: Any, policy: Policy) -> None:
         if policy not in get_args(Policy):
             raise ValueError(f"expected a BatchNorm policy of {get_args(Policy)}, got {policy!r}")
-        self.model, self.policy = model, policy
+        self.modules, self.policy = modules_of(model), policy
         self.tracking: list[_BatchNorm] = []  # those that move running statistics in this step
 
     def begin_step(self) -> None:
@@ -64,8 +65,8 @@ class BatchNorms:
                 layer.track_running_stats = True
 
     def _layers(self) -> Iterator[tuple[str, _BatchNorm]]:
-        modules = self.model.named_modules() if isinstance(self.model, nn.Module) else ()
-        on_full_batch = tuple(f"{name}." for name in getattr(self.model, "after_cut", ()))
-        for name, module in modules:
-            if isinstance(module, _BatchNorm) and not name.startswith(on_full_batch):
-                yield name, module
+        for model in self.modules:
+            on_full_batch = tuple(f"{name}." for name in getattr(model, "after_cut", ()))
+            for name, module in model.named_modules():
+                if isinstance(module, _BatchNorm) and not name.startswith(on_full_batch):
+                    yield name, module

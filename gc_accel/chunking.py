@@ -121,10 +121,20 @@ def call(fn: Callable[..., Any], inputs: Inputs) -> Any:
 
 
 def named(outputs: Any) -> dict[Any, Tensor]:
-    """What an encoder returned as a flat mapping: by its own names, by position, a lone tensor by `None`."""
+    """What an encoder returned as a flat mapping: by its own names, by position, a lone tensor by `None`.
+
+    Raises:
+        ValueError: for anything else.
+    """
     if isinstance(outputs, Tensor):
         return {None: outputs}
-    return dict(outputs if isinstance(outputs, Mapping) else enumerate(outputs))
+    found = dict(enumerate(outputs)) if isinstance(outputs, (list, tuple)) else outputs
+    if not isinstance(found, Mapping) or not all(isinstance(output, Tensor) for output in found.values()):
+        raise ValueError(
+            "expected an encoder that returns a tensor, or a tuple or mapping of tensors, got "
+            f"{type(outputs).__name__}: have it return representations alone"
+        )
+    return dict(found)
 
 
 def unnamed(outputs: Mapping[Any, Tensor]) -> Any:

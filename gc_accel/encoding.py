@@ -14,6 +14,7 @@ from gc_accel.rng import RngState
 from gc_accel.transfer import to_device
 
 Named = dict[Any, Tensor]
+Parts = dict[Any, Inputs]  # inputs of a call, by stream
 
 
 class Encoded(NamedTuple):
@@ -93,4 +94,9 @@ def _run(fn: Callable[..., Any], chunk: Inputs, device: torch.device) -> Named:
 
 
 def _leaves(outputs: Named) -> Named:
-    return {name: output.detach().requires_grad_() for name, output in outputs.items()}
+    return {name: _alone(output.detach()).requires_grad_() for name, output in outputs.items()}
+
+
+def _alone(output: Tensor) -> Tensor:
+    """Not as a view that keeps more alive, such as the hidden states of all tokens behind those of the first."""
+    return output.clone() if output.untyped_storage().nbytes() > output.nbytes else output

@@ -14,11 +14,13 @@ input keys that feed it, the costliest first; keys that feed none go to the loss
 that are the same for every chunk (the logit scale), `frozen_streams` those that nothing trains. Streams are
 called one by one, `encoder(image={...})`, so that one tower's graph is alive at a time:
 
-    first pass    image 1, text 1, image 2, text 2, ..., image n (graph retained), text n, joint call
-    second pass   the retained graph, image 1, text 1, ..., text n,                        joint call (synced)
+    first pass    image 2, text 2, ..., image n (graph retained), text n, image 1, text 1, joint call
+    second pass   the retained graph, image 2, text 2, ..., text n,       image 1, text 1, joint call (synced)
 
-The joint call takes a slice of the first chunk through all streams and globals. It alone syncs the ranks, so
-it comes last and touches every parameter that trains; half a chunk of several streams does not set the peak.
+Of k graphs that are retained, the others are those of the k - 1 chunks that come first.
+
+The joint call takes the head of chunk 1 through all streams and globals. It alone syncs the ranks, so it comes
+last and touches every parameter that trains; half a chunk of several streams does not set the peak.
 """
 
 from collections import defaultdict
@@ -33,13 +35,13 @@ from torch import Tensor
 from gc_accel.accumulation import accumulate, is_accumulated, move_state
 from gc_accel.batch_norm import BatchNorms, Policy
 from gc_accel.chunk_size import ChunkSize, ChunkSizes
-from gc_accel.chunking import Inputs, concatenate, split
+from gc_accel.chunking import Inputs, batch_size, concatenate
 from gc_accel.distributed import Replicas, without_rows
-from gc_accel.encoding import Encoded, by_name, encode, encode_together
+from gc_accel.encoding import Encoded, Parts, by_name, encode, encode_together
 from gc_accel.numerics import check_finite
 from gc_accel.recovery import with_recovery
 from gc_accel.retention import Retain, Retention
-from gc_accel.schedule import Block, FirstPass, Rows
+from gc_accel.schedule import FirstPass, Rows
 
 
 class GradientCache:
@@ -90,7 +92,7 @@ class GradientCache:
     def forward_backward(self, batch: Inputs, **loss_kwargs: Any) -> Tensor:
         """Like `forward_backward_chunks`, for a batch that is whole."""
         self.sizes.settle(batch)
-        return self.forward_backward_chunks(split(batch, max(self.chunk_sizes.values())), **loss_kwargs)
+        return self.forward_backward_chunks([batch], **loss_kwargs)
 
     def forward_backward_chunks(self, chunks: Iterable[Inputs], **loss_kwargs: Any) -> Tensor:
         """Add the gradient of the loss of one batch to the weights; the optimizer step is the caller's.
@@ -110,21 +112,28 @@ class GradientCache:
         frozen = getattr(self.model, "frozen_streams", ())
         trained = [name for name in self.streams if name not in frozen] or list(self.streams)
         limits = self.retention.limits(trained, self.streams, self.chunk_sizes)
-        schedule = FirstPass(self.sizes.chunks, self.sizes.calls, limits, nominal=self.replicas.sharded)
+        limits.update(dict.fromkeys(frozen, 0))  # which have no graph
+        nominal = self.retention.counts_chunks or self.replicas.sharded
+        schedule = FirstPass(self.sizes.chunks, self.sizes.calls, limits, nominal=nominal)
         joint, extras = dict[Any, Rows](), defaultdict[str, list[Any]](list)
+        head, calls = list[Encoded](), list[Encoded]()  # in the order of the samples, after the joint call
         retained, again = list[Encoded](), list[Encoded]()
         cut = schedule.turns(chunks, self.streams, trained, joint, extras)
         turns = self.replicas.aligned(cut, joint, self.streams)
         for block in schedule.blocks(turns):
-            with self.replicas.reducing(False):
-                encoded = self._encode_block(block)
+            stream = block.turns[0].stream
+            parts = [{stream: turn.rows.inputs} for turn in block.turns]
+            encoded = self._encode_block({stream: block.rows.inputs}, parts, block.retain)
             for turn, each in zip(block.turns, encoded, strict=True):
                 leaves, replay = each if turn.counts else without_rows(each)
-                leaves = {name: leaf.requires_grad_(turn.stream in trained) for name, leaf in leaves.items()}
-                (retained if block.retain else again).append(Encoded(leaves, replay))
+                leaves = {name: leaf.requires_grad_(stream not in frozen) for name, leaf in leaves.items()}
+                (head if schedule.is_rest(turn) else calls).append(each := Encoded(leaves, replay))
+                if stream not in frozen:
+                    (retained if block.retain else again).append(each)
         if not joint:
             raise ValueError("expected a batch of at least one sample, got none")
-        everything = schedule.has_room(joint, trained) and not again
+        # Ranks reduce in a call after the loss: before it, there is a way back for a step that runs out of memory.
+        everything = self.replicas.world_size == 1 and schedule.has_room(joint, trained) and not again
         with self.replicas.reducing(everything):
             last = self._encode({name: rows.inputs for name, rows in joint.items()}, everything)
         self.replicas.agreement.check()
@@ -132,41 +141,49 @@ class GradientCache:
             raise ValueError(f"expected {sorted(twice)} in the chunks or by keyword, got both")
         joined = {name: concatenate(values) for name, values in extras.items()}
         loss_kwargs = {**loss_kwargs, **send_to_device(joined, self.replicas.device)}
-        loss = self._cache_gradients(last, again + retained, loss_kwargs)
+        loss = self._cache_gradients([last, *head, *calls], loss_kwargs)
         with self.replicas.second_pass():
             for each in () if everything else retained + again:
                 self._push([each], sync=False)
             with self.replicas.synced_call():  # with all that was retained: one by one leaves ranks unsynced
                 self._push([*retained, last] if everything else [last], sync=True)
         self.retention.decide({name: schedule.samples[name] for name in trained})
-        move_state(self.loss_fn, [last, *again, *retained])
+        move_state(self.loss_fn, [last, *head, *calls])
         return loss
 
-    def _encode_block(self, block: Block) -> list[Encoded]:
-        """First pass of adjacent chunks of one stream: in one call, if it keeps no graph."""
-        stream = block.turns[0].stream
-        parts = [{stream: turn.rows.inputs} for turn in block.turns]
-        if len(parts) > 1:
-            fn, device = self.retention.metered([stream], self.encoder), self.replicas.device
-            whole, *chunks = (each.get(None, each) for each in ({stream: block.inputs}, *parts))
-            if encoded := encode_together(fn, whole, chunks, device=device, shared=self.global_names):
-                return encoded
-            self.sizes.calls[stream] = self.sizes.chunks[stream]  # random draws: one by one from now on
-        return [self._encode(part, block.retain) for part in parts]
+    def _encode_block(self, whole: Parts, parts: list[Parts], retain: bool) -> list[Encoded]:
+        """First pass of adjacent chunks: in one call, if it keeps no graph."""
+        with self.replicas.reducing(False):
+            if len(parts) > 1:
+                joined, *chunks = (each.get(None, each) for each in (whole, *parts))
+                options: dict[str, Any] = {"device": self.replicas.device, "shared": self.global_names}
+                if encoded := encode_together(self.encoder, joined, chunks, **options):
+                    return encoded
+                # Random draws: one by one from now on.
+                self.sizes.calls.update({name: self.sizes.chunks[name] for name in whole})
+            return [self._encode(part, retain) for part in parts]
 
-    def _encode(self, parts: dict[Any, Inputs], retain: bool) -> Encoded:
+    def _encode(self, parts: Parts, retain: bool) -> Encoded:
         fn = self.retention.metered(parts, self.encoder)
-        return encode(fn, parts.get(None, parts), device=self.replicas.device, retain=retain)
+        encoded = encode(fn, parts.get(None, parts), device=self.replicas.device, retain=retain)
+        rows = batch_size(next(iter(parts.values())))
+        for name, leaf in encoded.leaves.items():
+            if name not in self.global_names and (not leaf.ndim or len(leaf) != rows):
+                raise ValueError(
+                    f"expected a representation of each of {rows} samples, got {tuple(leaf.shape)} as output {name!r} "
+                    "of the encoder: name what is the same for all chunks in its global_names"
+                )
+        return encoded
 
-    def _cache_gradients(self, last: Encoded, calls: list[Encoded], loss_kwargs: dict[str, Any]) -> Tensor:
-        """Leave the gradient of the loss in the leaves of all calls, globals in the last; return the loss."""
-        parts = by_name([last, *calls])
+    def _cache_gradients(self, calls: list[Encoded], loss_kwargs: dict[str, Any]) -> Tensor:
+        """Leave the gradient of the loss in the leaves of all calls, globals in the first; return the loss."""
+        parts = by_name(calls)
         shared = {name: parts.pop(name)[0] for name in self.global_names}
         together = self.replicas.agreement.before_each_collective()
         with together, torch.enable_grad(), torch.autocast(self.replicas.device.type, enabled=False):
             reps = {name: torch.cat(leaves) for name, leaves in parts.items()}
             loss = self.replicas.global_loss(self.loss_fn, reps, shared, loss_kwargs)
-            if loss.numel() != 1 or not loss.requires_grad:
+            if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
                 raise ValueError(f"expected a scalar loss of the representations, got {loss}")
             check_finite(loss, reps)
             self.replicas.scaled(loss).sum().backward()

@@ -4,7 +4,9 @@ Gradients, buffers and random states go back to where the step began, on all ran
 the new step equals one that began with the smaller chunk. Chunks that were read are kept by the step anyway.
 
 It cannot be taken back while ranks reduce gradients, in the synced call of a process among several, nor where
-parameters are sharded and every call is a collective one. There the error says what to set.
+parameters are sharded and every call is a collective one, nor if the encoder is a function that does not show its
+weights. There the error says what to set. Memory that runs out while a chunk is read is not the step's: a generator
+does not go on after an error, and what is left of the batch would be trained on without a word.
 """
 
 import itertools
@@ -12,18 +14,26 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from torch import Tensor
+from accelerate.utils.memory import clear_device_cache
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from gc_accel.chunking import Inputs
 from gc_accel.distributed import Replicas
+from gc_accel.losses.accumulated import StatefulLoss
 from gc_accel.rng import RngState
 
 if TYPE_CHECKING:
     from gc_accel.chunk_size import ChunkSizes
     from gc_accel.gradient_cache import GradientCache
 
+OUT_OF_MEMORY = (  # in errors of other classes
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator: can't allocate memory",
+)
 logger = logging.get_logger(__name__)
 
 
@@ -33,22 +43,36 @@ class Reread:
     def __init__(self, chunks: Iterable[Inputs]) -> None:
         self.read: list[Inputs] = []
         self.rest = iter(chunks)
+        self.is_reading = False  # or has failed to
 
     def __iter__(self) -> Iterator[Inputs]:
         yield from self.read
-        for chunk in self.rest:
+        while True:
+            self.is_reading = True
+            chunk = next(self.rest, None)
+            self.is_reading = False
+            if chunk is None:
+                return
             self.read.append(chunk)
             yield chunk
 
 
 class StepStart:
-    """Gradients, buffers and random states at the start of a step, to be put back."""
+    """Gradients, buffers and random states at the start of a step, to be put back.
 
-    def __init__(self, replicas: Replicas) -> None:
+    Args:
+        replicas: of the encoder. Of a sharded one nothing is noted, as there is no way back.
+        parameters, buffers: of the loss, that a step changes.
+    """
+
+    def __init__(
+        self, replicas: Replicas, parameters: Iterable[Tensor] = (), buffers: Iterable[Tensor] = ()
+    ) -> None:
+        own = ((), ()) if replicas.sharded else (replicas.parameters, replicas.buffers)
         self.rng = RngState.current(replicas.device)
-        self.buffers = [(buffer, buffer.clone()) for buffer in replicas.buffers]
+        self.buffers = [(buffer, buffer.clone()) for buffer in (*own[1], *buffers)]
         # A copy, because a gradient that accumulates is added to in place.
-        self.grads = [(each, each.grad, _copy(each.grad)) for each in replicas.parameters]
+        self.grads = [(each, each.grad, _copy(each.grad)) for each in (*own[0], *parameters)]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -64,7 +88,9 @@ class StepStart:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that the memory of a device or of the host has run out."""
-    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in OUT_OF_MEMORY)
 
 
 def with_recovery(cache: "GradientCache", chunks: Iterable[Inputs], loss_kwargs: Mapping[str, Any]) -> Tensor:
@@ -73,15 +99,20 @@ def with_recovery(cache: "GradientCache", chunks: Iterable[Inputs], loss_kwargs:
     Raises:
         RuntimeError: memory has run out where a step cannot be taken back, or with chunks of one sample.
     """
-    reread, start = Reread(chunks), StepStart(cache.replicas)
+    reread, start = Reread(chunks), StepStart(cache.replicas, *state_of(cache.loss_fn))
     for first in itertools.islice(reread, not cache.chunk_sizes):  # "auto" measures with the first chunk
         cache.sizes.settle(first)
     while True:
         try:
+            cache.replicas.is_syncing = False
             return cache.step(reread, loss_kwargs)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
+        except (RuntimeError, MemoryError) as error:
+            if reread.is_reading or not is_out_of_memory(error):
                 raise
+            if not cache.replicas.parameters:
+                raise _advice(
+                    "in an encoder whose weights are not known (pass the module itself)", cache.sizes
+                ) from error
             if cache.replicas.is_lost(error):
                 raise _advice("where ranks depend on each other's calls", cache.sizes) from error
             if max(cache.chunk_sizes.values()) == 1:
@@ -92,6 +123,17 @@ def with_recovery(cache: "GradientCache", chunks: Iterable[Inputs], loss_kwargs:
         cache.retention.give_up()
         cache.sizes.halve()
         logger.warning("Out of memory: this step is made again in chunks of %s.", cache.sizes)
+
+
+def state_of(loss: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Parameters of a loss, whose gradients a step adds to, and the buffers that its forward may move.
+
+    A `StatefulLoss` moves its own at the end of a step, and a queue of 65,536 rows is not worth a copy.
+    """
+    if not isinstance(loss, nn.Module):
+        return [], []
+    buffers = [] if isinstance(loss, StatefulLoss) else list(loss.buffers())
+    return [each for each in loss.parameters() if each.requires_grad], buffers
 
 
 def _advice(where: str, sizes: "ChunkSizes") -> RuntimeError:

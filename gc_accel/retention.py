@@ -4,7 +4,7 @@ With k of n chunks retained a step costs 1 + (n - k) / 3n direct steps, if a bac
 passes: 4/3 where none is retained, 1 where all are. One retained chunk costs no memory, as the second pass
 needs one graph at a time anyway. With "auto" the first step retains that one and counts the bytes that autograd
 saves for a sample of each stream; from then on there are as many as a budget of bytes allows, of the costliest
-stream first.
+stream first, and one at least.
 """
 
 import math
@@ -15,11 +15,12 @@ import torch
 from accelerate.utils import recursively_apply
 from torch import Tensor
 
-from gc_accel.chunking import batch_size
+from gc_accel.chunking import Inputs, batch_size
 from gc_accel.distributed import Replicas
 from gc_accel.memory import SavedBytes, peak_memory_mib
 
 FILL = 0.9  # of the memory of a device
+OPTIMIZER_COPIES = 2  # of the weights, as Adam makes them after the first step
 Retain = int | Literal["all", "auto"]
 
 
@@ -43,27 +44,32 @@ class Retention:
         replicas: Replicas,
     ) -> None:
         device = replicas.device
-        if retain not in ("all", "auto") and (isinstance(retain, str) or retain < 0):
+        if retain not in ("all", "auto") and (type(retain) is not int or retain < 0):
             raise ValueError(
                 f'expected retain to be "all", "auto" or a number of chunks from 0, got {retain!r}'
             )
         if retain == "auto" and memory_budget is None and device.type != "cuda":
             raise ValueError(f'expected a memory_budget in bytes along with retain="auto" on {device.type}')
-        if memory_budget is not None and memory_budget <= 0:
-            raise ValueError(f"expected a memory_budget above 0, got {memory_budget}")
+        if memory_budget is not None and not (isinstance(memory_budget, (int, float)) and memory_budget > 0):
+            raise ValueError(f"expected a memory_budget above 0, in bytes, got {memory_budget!r}")
         if memory_budget is not None and memory_budget <= 1 and device.type != "cuda":
             raise ValueError(
                 f"expected a memory_budget in bytes on {device.type}, got the fraction {memory_budget}"
             )
         self.retain, self.memory_budget = retain, memory_budget
         self.replicas = replicas
-        self.largest: dict[Any, tuple[int, int]] = {}  # graph of a stream: its bytes, its samples
+        self.per_sample: dict[Any, float] = {}  # bytes of a stream's graph
         self.automatic: dict[Any, float] | None = None  # the limits that "auto" has come to
+
+    @property
+    def counts_chunks(self) -> bool:
+        """Whether limits stand for a number of chunks, however many samples these have."""
+        return self.retain != "auto"
 
     def limits(
         self, trained: Sequence[Any], streams: Iterable[Any], chunk_sizes: Mapping[Any, int]
     ) -> dict[Any, float]:
-        """By stream, the samples whose graph is retained; a frozen one has no graph to be kept.
+        """By stream, the samples whose graph is retained.
 
         Args:
             trained: streams that train, the costliest first.
@@ -73,30 +79,35 @@ class Retention:
         without_limit = dict.fromkeys(streams, math.inf)
         if self.retain == "all":
             return without_limit
-        if self.automatic is not None:
-            return without_limit | self.automatic
         costliest, *others = trained
+        if self.automatic is not None:
+            at_least = max(self.automatic[costliest], chunk_sizes[costliest])
+            return without_limit | self.automatic | {costliest: at_least}
         count = 1 if self.retain == "auto" else int(self.retain)
         return without_limit | {costliest: count * chunk_sizes[costliest]} | dict.fromkeys(others, 0)
 
-    def metered(self, streams: Iterable[Any], fn: Callable[..., Any]) -> Callable[..., Any]:
-        """The function itself; with "auto", until it has decided, one that counts the bytes of its graph."""
-        stream, *others = streams
+    def metered(self, parts: Mapping[Any, Inputs], fn: Callable[..., Any]) -> Callable[..., Any]:
+        """The function itself; with "auto", until it has decided, one that counts the bytes of its graph.
+
+        Args:
+            parts: by stream, what it will be called with.
+        """
+        (stream, part), *others = parts.items()
         if self.retain != "auto" or self.automatic is not None or others:
             return fn
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
                 return fn(*args, **kwargs)
-            inputs: list[
+            inputs = list[
                 Tensor
-            ] = []  # which on the CPU are part of the batch, whether a graph keeps them or not
+            ]()  # which on the CPU are part of the batch, whether a graph keeps them or not
             recursively_apply(inputs.append, [list(args), kwargs])
             saved = SavedBytes(besides=[*self.replicas.parameters, *inputs])
             with saved:
                 outputs = fn(*args, **kwargs)
-            found = saved.total, batch_size([list(args), kwargs])
-            self.largest[stream] = max(found, self.largest.get(stream, found))
+            found = saved.total / batch_size(part)
+            self.per_sample[stream] = max(found, self.per_sample.get(stream, 0))
             return outputs
 
         return counted
@@ -109,13 +120,15 @@ class Retention:
         """
         if self.retain != "auto" or self.automatic is not None:
             return
-        left, limits = self._budget(), []
+        left, limits = self._budget(), list[float]()
         for stream, count in samples.items():
-            size, per_graph = self.largest.get(stream, (0, 1))  # none, if all of it was in the joint call
-            limits.append(min(count, left * per_graph // size) if size else 0)
-            left -= limits[-1] * size / per_graph
-        agreed = zip(samples.items(), self.replicas.lowest(limits), strict=True)
-        self.automatic = {name: math.inf if limit >= count else limit for (name, count), limit in agreed}
+            size = self.per_sample.get(stream, 0)  # none, if all of it was in the joint call
+            limits.append(min(count, left // size) if size else 0)
+            left -= limits[-1] * size
+        if limits == list(samples.values()):  # room for all of it, and as much more in a larger batch
+            needed = sum(self.per_sample[stream] * count for stream, count in samples.items())
+            limits = [limit * (needed + left) // needed for limit in limits]
+        self.automatic = dict(zip(samples, self.replicas.lowest(limits), strict=True))
 
     def give_up(self) -> None:
         """Retain one chunk at most from now on, because memory has run out."""
@@ -127,4 +140,5 @@ class Retention:
         if budget > 1:
             return budget
         total = torch.cuda.get_device_properties(self.replicas.device).total_memory
-        return max(0, budget * total - peak_memory_mib(self.replicas.device) * 2**20)
+        later = OPTIMIZER_COPIES * sum(each.nbytes for each in self.replicas.parameters if each.requires_grad)
+        return max(0, budget * total - peak_memory_mib(self.replicas.device) * 2**20 - later)

@@ -3,7 +3,6 @@
 The chunks depend on their sizes alone, so neither graphs that are kept nor calls that are shared change a result.
 """
 
-import math
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -52,10 +51,10 @@ class Block(NamedTuple):
     retain: bool
 
     @property
-    def inputs(self) -> Inputs:
+    def rows(self) -> Rows:
         """Those of all its chunks."""
         first, last = self.turns[0].rows, self.turns[-1].rows
-        return replace(first, stop=last.stop).inputs
+        return replace(first, stop=last.stop)
 
 
 class FirstPass:
@@ -65,7 +64,8 @@ class FirstPass:
         chunk_sizes: by stream, samples of a chunk.
         call_sizes: by stream, samples of a call without a graph.
         limits: by stream, how many samples may retain their graph.
-        nominal: whether a chunk counts as a full one, so that ranks with unequal chunks decide alike.
+        nominal: whether a chunk counts as a full one: where chunks are to be counted, not samples, and where ranks
+            with unequal chunks have to decide alike.
     """
 
     def __init__(
@@ -78,7 +78,8 @@ class FirstPass:
     ) -> None:
         self.chunk_sizes, self.call_sizes, self.limits = chunk_sizes, call_sizes, limits
         self.nominal = nominal
-        self.samples = Counter[Any]()  # of each stream, so far
+        self.rest: dict[Any, Rows] = {}  # of the first chunk, by stream, without the head
+        self.samples, self.kept = Counter[Any](), Counter[Any]()  # of each stream, so far
 
     def turns(
         self,
@@ -88,7 +89,7 @@ class FirstPass:
         joint: dict[Any, Rows],
         extras: Mapping[str, list[Any]],
     ) -> Iterator[Turn]:
-        """Cut chunks to size, stream by stream, as they are read.
+        """Cut chunks to size, stream by stream, as they are read; what the joint call leaves of the first comes last.
 
         Args:
             chunks: with the inputs of all streams.
@@ -100,14 +101,25 @@ class FirstPass:
         smallest = min(self.chunk_sizes[name] for name in trained)
         for chunk in chunks:
             size, (parts, unfed) = batch_size(chunk), split_streams(chunk, streams)
-            head = 0 if joint else min(size, smallest if len(trained) == 1 else (smallest + 1) // 2)
+            if not size:
+                continue
+            done = dict.fromkeys(parts, 0)
             if not joint:
+                head = min(size, smallest if len(trained) == 1 else (smallest + 1) // 2)
+                done |= {name: min(size, self.chunk_sizes[name]) for name in trained}
                 joint |= {name: Rows(parts[name], 0, head) for name in trained}
+                self.rest = {name: Rows(parts[name], head, done[name]) for name in trained}
             for name, part in parts.items():
-                rest = Rows(part, head if name in trained else 0, size)
-                yield from (Turn(name, rows) for rows in rest.cut(self.chunk_sizes[name]))
+                yield from (
+                    Turn(name, rows) for rows in Rows(part, done[name], size).cut(self.chunk_sizes[name])
+                )
             for key, value in unfed.items():
                 extras[key].append(value)
+        yield from (Turn(name, rows) for name, rows in self.rest.items() if len(rows))
+
+    def is_rest(self, turn: Turn) -> bool:
+        """Whether its rows come before those of all other turns, though it is taken last."""
+        return turn.rows is self.rest.get(turn.stream)
 
     def blocks(self, turns: Iterable[Turn]) -> Iterator[Block]:
         """Join adjacent chunks of one stream that keep no graph, as long as another one has room in a call."""
@@ -131,22 +143,42 @@ class FirstPass:
         return all(self.samples[stream] <= self.limits[stream] for stream in streams)
 
     def _look_ahead(self, turns: Iterable[Turn]) -> Iterator[tuple[Turn, bool]]:
-        """Say of each turn whether to retain its graph: of the last ones of a stream, up to its limit.
+        """Say of each turn whether to retain its graph: of the first ones and, where there is a limit, of the last.
 
-        A chunk waits until that is known. Where there is no limit, and where nothing is retained, none does.
+        The first ones are known as they come. Room for one chunk is left to the last, whose graph takes no memory
+        on top of what a chunk without one is encoded in; chunks wait until it is known which that is.
         """
         held = deque[tuple[Turn, int]]()
 
         def fits(turn: Turn, before: int) -> bool:
-            return self.samples[turn.stream] - before <= self.limits[turn.stream]
+            """Whether there is room for all of the stream from this turn on."""
+            return self.samples[turn.stream] - before <= self._room(turn.stream)
+
+        def decided() -> list[tuple[Turn, bool]]:
+            found = [(turn, fits(turn, before)) for turn, before in held]
+            held.clear()
+            for turn, retain in found:
+                self.kept[turn.stream] += retain * self._size(turn)
+            return found
 
         for turn in turns:
-            held.append((turn, self.samples[turn.stream]))
-            self.samples[turn.stream] += self._size(turn)
-            while held and (math.isinf(self.limits[held[0][0].stream]) or not fits(*held[0])):
-                first = held.popleft()
-                yield first[0], fits(*first)
-        yield from ((turn, fits(turn, before)) for turn, before in held)
+            stream, size = turn.stream, self._size(turn)
+            if self.is_rest(turn):
+                yield from decided()
+            last = 0 if self.is_rest(turn) else self.chunk_sizes[stream]
+            self.samples[stream] += size
+            if not held and size <= self._room(stream) - last:
+                self.kept[stream] += size
+                yield turn, True
+                continue
+            held.append((turn, self.samples[stream] - size))
+            while held and not fits(*held[0]):
+                yield held.popleft()[0], False
+        yield from decided()
+
+    def _room(self, stream: Any) -> float:
+        """Samples that may still retain their graph."""
+        return self.limits[stream] - self.kept[stream]
 
     def _size(self, turn: Turn) -> int:
         return self.chunk_sizes[turn.stream] if self.nominal else len(turn.rows)

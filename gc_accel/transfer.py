@@ -9,7 +9,6 @@ still computes, and waits until the one before that is done, so that two chunks 
 Other devices get a plain copy, and on the CPU nothing is copied at all.
 """
 
-from collections import deque
 from functools import cache
 
 import torch
@@ -32,13 +31,13 @@ class _CopyStream:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.stream = device, torch.cuda.Stream(device)
-        self.launched = deque[torch.cuda.Event]()  # where the computation stood at each of the latest copies
+        self.launched: torch.cuda.Event | None = None  # where the computation stood at the latest copy
 
     def send(self, chunk: Inputs) -> Inputs:
         computing = torch.cuda.current_stream(self.device)
-        self.launched.append(computing.record_event())
-        if len(self.launched) > 2:
-            self.launched.popleft().synchronize()
+        before, self.launched = self.launched, computing.record_event()
+        if before is not None:
+            before.synchronize()
         with torch.cuda.stream(self.stream):
             copy = send_to_device(chunk, self.device, non_blocking=True)
         computing.wait_stream(self.stream)

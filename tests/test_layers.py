@@ -8,12 +8,13 @@ import gc_accel
 
 PACKAGE = Path(gc_accel.__file__).parent
 LAYERS = [  # from the bottom to the top; a package is one unit
-    {"packing", "rng", "numerics", "memory", "cores", "command_line", "batch_norm"},
-    {"chunking"},
+    {"packing", "rng", "numerics", "memory", "cores", "command_line", "modules"},
+    {"chunking", "batch_norm"},
     {"transfer", "schedule", "trimming"},
     {"encoding"},
     {"distributed"},
-    {"losses", "functional", "retention", "recovery"},
+    {"losses", "functional", "retention"},
+    {"recovery"},
     {"chunk_size", "accumulation"},
     {"gradient_cache", "encoders", "data"},
     {"pictures", "evaluation", "planning", "compat"},

@@ -60,7 +60,7 @@ LOSSES = {
         TEMPERATURE, queue_size=QUEUE, dim=DIM, prototypes=encoder.further["scores"]
     ),
 }
-FORWARDS = {  # of the encoder and of its teacher, for each sample
+FORWARDS = {  # of the encoder and of its teacher, for each sample, where no graph is kept
     "simsiam": (1, 0),
     "byol": (1, 1),
     "moco v3": (1, 1),
@@ -169,9 +169,33 @@ def test_no_sample_is_encoded_more_often_than_it_has_to_be(method):
     encoder, loss, _ = make(method)
     own = counted(encoder)
     of_teacher = counted(loss.teacher.encoder) if loss.teacher is not None else []
-    GradientCache(encoder, loss, 3).forward_backward(batch_of())
+    GradientCache(encoder, loss, 3, retain=0).forward_backward(batch_of())
     assert (sum(own), sum(of_teacher)) == tuple(SIZE * times for times in FORWARDS[method])
     assert max([*own, *of_teacher]) == 3
+
+
+@pytest.mark.parametrize(
+    ("chunk_size", "retain", "samples"),
+    [(3, 0, 14), (3, 1, 13), (3, 2, 10), (3, "all", 7), (64, 1, 7), (1, 3, 11)],
+)
+@pytest.mark.parametrize("method", ["swav", "nnclr"])
+def test_graphs_that_are_kept_spare_their_chunks_a_second_forward(method, chunk_size, retain, samples):
+    encoder, loss, rows = make(method)
+    _, expected = whole_batch(method, encoder, loss, rows, batch_of())
+    seen = counted(encoder)
+    GradientCache(encoder, loss, chunk_size, retain=retain).forward_backward(batch_of())
+    assert sum(seen) == samples
+    assert_equal(taken_gradients(encoder), expected)
+
+
+@pytest.mark.parametrize("method", ["swav", "byol", "moco v3"])
+def test_calls_of_several_chunks_where_nothing_is_drawn(method):
+    encoder, loss, rows = make(method)
+    _, expected = whole_batch(method, encoder, loss, rows, batch_of())
+    seen = counted(encoder if method == "swav" else loss.teacher.encoder)
+    GradientCache(encoder, loss, 2, retain=0, forward_chunk_size=6).forward_backward(batch_of())
+    assert max(seen) > 2
+    assert_equal(taken_gradients(encoder), expected)
 
 
 @pytest.mark.parametrize("method", LOSSES)
@@ -187,14 +211,12 @@ def test_with_dropout_equals_the_chunked_reference(method):
     """The same chunks from the same random state, in one graph; the generator stands where these leave it."""
     encoder, loss, rows = make(method, dropout=0.4)
     chunks = [batch_of()["pixel_values"][a:b] for a, b in [(0, 3), (3, 6), (6, 7)]]
-    if method == "nnclr":  # the cache of regime A encodes its first chunk last
-        chunks = [*chunks[1:], chunks[0]]
+    chunks = [*chunks[1:], chunks[0]]  # the first one is encoded last
     start = torch.get_rng_state()
     parts = [encoder(views={"pixel_values": chunk}) for chunk in chunks]
     end = torch.get_rng_state()
     assert not torch.equal(start, end), "dropout draws"
-    if method == "nnclr":
-        parts = [parts[-1], *parts[:-1]]
+    parts = [parts[-1], *parts[:-1]]
     outputs = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     keys = None
     if getattr(loss, "teacher", None) is not None:

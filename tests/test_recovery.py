@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gc_accel import GradientCache
 from gc_accel.losses import CLIPLoss
+from gc_accel.recovery import is_out_of_memory
 from tests.comparing import assert_equal, gradients
 from tests.models import dual_encoder, image_text_batch
 from tests.ranks import run_on_ranks
@@ -62,14 +63,15 @@ def accumulated(encoder):
         parameter.grad = torch.randn_like(parameter)
 
 
-def step(encoder, loss_fn, chunk_size, *, with_grads=False, **options):
+def step(encoder, loss_fn, chunk_size, *, with_grads=False, whole=False, **options):
     """One step from a fixed random state: gradients, loss, the random state after it, and the cache."""
     encoder.zero_grad(set_to_none=True)
     if with_grads:
         accumulated(encoder)
     torch.manual_seed(7)
     cache = GradientCache(encoder, loss_fn, chunk_size, **options)
-    loss = cache.forward_backward_chunks([image_text_batch(SIZE)])
+    batch = image_text_batch(SIZE)
+    loss = cache.forward_backward(batch) if whole else cache.forward_backward_chunks([batch])
     return gradients(encoder), loss, torch.get_rng_state(), cache
 
 
@@ -127,6 +129,76 @@ def test_buffers_of_a_step_that_failed_are_put_back():
     assert int(model[1].num_batches_tracked) == 3, "chunks of 4 in one step, and nothing of the first attempt"
 
 
+def test_the_loss_is_taken_back_too():
+    """Gradients of its own parameters, and buffers that its forward moves."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1, dtype=torch.float64))
+            self.register_buffer("seen", torch.zeros(1))
+
+        def forward(self, **reps):
+            self.seen += 1
+            return CLIPLoss()(**reps) * self.scale.exp()
+
+    found = []
+    for place in ("nowhere", "second pass"):
+        encoder, loss = dual_encoder("clip"), Scaled()
+        failure = Failure(place, encoder)
+        step(encoder, loss, CHUNK)
+        assert failure.raised == (place != "nowhere")
+        found.append((loss.scale.grad, loss.seen))
+    assert found[0][0].abs() > 1e-3
+    assert_equal({"scale": found[1][0]}, {"scale": found[0][0]})
+    assert found[1][1] == found[0][1] == 1
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_memory_that_runs_out_while_a_chunk_is_read_ends_the_run(goes_on):
+    """A generator is finished then, and a `map` goes on without the chunk: nobody trains on what is left."""
+    seen = []
+
+    def move(number):
+        if number == 2 and not seen:
+            seen.append(number)
+            raise torch.OutOfMemoryError("while moving")
+        return torch.randn(4, 3)
+
+    chunks = map(move, range(4)) if goes_on else (move(number) for number in range(4))
+    model = nn.Linear(3, 2)
+    with pytest.raises(torch.OutOfMemoryError, match="while moving"):
+        GradientCache(model, lambda reps: reps.logsumexp(0).sum(), 2).forward_backward_chunks(chunks)
+    assert model.weight.grad is None
+
+
+@pytest.mark.parametrize("chunk_size", [5, 7])
+def test_a_chunk_of_odd_size_is_halved_and_cut_anew(chunk_size):
+    """As a step that began with the smaller one cuts, not within the larger ones: dropout draws by chunk."""
+    encoder = dual_encoder("clip", dropout=0.5)
+    expected, *_ = step(encoder, CLIPLoss(), chunk_size // 2, whole=True)
+    failure = Failure("loss", encoder)
+    found, *_ = step(encoder, failure.loss, chunk_size, whole=True)
+    assert failure.raised == 1
+    assert_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError(), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. non-contiguous input"), False),
+        (ValueError("CUDA out of memory"), False),
+    ],
+)
+def test_which_errors_say_that_memory_has_run_out(error, expected):
+    assert is_out_of_memory(error) == expected
+
+
 def test_says_what_to_set_when_one_sample_is_too_much():
     encoder = dual_encoder("clip")
     failure = Failure("second pass", encoder, above=0.5)
@@ -170,16 +242,32 @@ class FailingLoss(CLIPLoss):
         return self.failure.loss(image, text, **shared)
 
 
-def rank_step(rank, dropout, chunk_size, place, call):
+def rank_step(rank, dropout, chunk_size, place, call, retain=1):
     encoder = dual_encoder("clip", dropout=dropout)
     encoder.register_buffer("steps", torch.zeros(3))  # which ranks broadcast with the first call of a step
     failure = Failure(place, encoder, call=call)
     model = DistributedDataParallel(encoder, find_unused_parameters=True)
     batch = {name: value[rank::2] for name, value in image_text_batch(2 * SIZE).items()}
     torch.manual_seed(rank)
-    cache = GradientCache(model, FailingLoss(failure), chunk_size)
+    cache = GradientCache(model, FailingLoss(failure), chunk_size, retain=retain)
     loss = cache.forward_backward_chunks([batch])
     return gradients(encoder), loss, failure.raised, max(cache.chunk_sizes.values())
+
+
+def all_graphs_on_ranks(rank):
+    """Steps that keep all graphs, with a failure before and in the loss, and without."""
+    expected, *_ = rank_step(rank, 0.0, CHUNK // 2, "nowhere", 1)
+    places = ("second pass", "loss") if rank == 0 else ("nowhere", "nowhere")  # a first pass with graphs
+    return expected, [rank_step(rank, 0.0, CHUNK, place, 1, "all") for place in places]
+
+
+def test_ranks_that_keep_all_graphs_give_up_a_step_together(tmp_path):
+    """The call in which they reduce comes after the loss: a reducer that waits for a backward pass is no way back."""
+    for rank, (expected, found) in enumerate(run_on_ranks(all_graphs_on_ranks, 2, tmp_path)):
+        for grads, _, raised, chunk in found:
+            assert raised == (rank == 0)
+            assert chunk == CHUNK // 2
+            assert_equal(grads, expected)
 
 
 def on_ranks(rank):

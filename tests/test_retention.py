@@ -132,7 +132,7 @@ def test_the_last_chunks_of_each_stream_are_retained_one_by_one():
         ("b", 4, 6, True),
         ("b", 6, 8, True),
     ]
-    assert Block(turns("a", one, 7, 2)[1:3], False).inputs.shape == (4, 1)
+    assert Block(turns("a", one, 7, 2)[1:3], False).rows.inputs.shape == (4, 1)
 
 
 def test_nothing_waits_where_nothing_or_everything_is_retained():

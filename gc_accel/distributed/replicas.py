@@ -35,6 +35,7 @@ from gc_accel.chunking import call, unnamed
 from gc_accel.distributed.agreement import Agreement, PeerOutOfMemory
 from gc_accel.distributed.alignment import align
 from gc_accel.distributed.collectives import GlobalLoss, RankedBatch, lowest, world_size
+from gc_accel.modules import modules_of
 from gc_accel.rng import device_in_use
 from gc_accel.schedule import Rows, Turn
 
@@ -62,10 +63,16 @@ class Replicas:
             raise ValueError("expected the accelerator that prepared the sharded encoder, got None: pass it")
         self.encoder: Any = encoder
         self.model: Any = encoder  # without what wraps it
-        self.parameters, self.buffers = list[Tensor](), list[Tensor]()
         if isinstance(encoder, nn.Module):
             self.model = extract_model_from_parallel(encoder, keep_torch_compile=False)
-            self.parameters, self.buffers = list(self.model.parameters()), list(self.model.buffers())
+        self.modules = modules_of(self.model)
+        self.parameters = [each for module in self.modules for each in module.parameters()]
+        self.buffers = [each for module in self.modules for each in module.buffers()]
+        if any(isinstance(module, DistributedDataParallel) for module in self.modules):
+            raise ValueError(
+                "expected DistributedDataParallel as the encoder, got a function around it: its ranks would not be "
+                "told when to reduce. Pass it, or accelerator.prepare's module, itself"
+            )
         prepared = [self.model]
         if accelerator is not None and accelerator.num_processes > 1:
             prepared = accelerator._models
@@ -164,7 +171,7 @@ class Replicas:
         self.agreement.check()
         self.is_syncing = self.world_size > 1
         yield
-        self.is_syncing = False
+        self.is_syncing = False  # not if it fails: `is_lost` wants to know
 
     def backward(self, outputs: Sequence[Tensor], grads: Sequence[Tensor], *, sync: bool) -> None:
         """Push cached gradients through the graph of one call (or of several at once), if it has any."""

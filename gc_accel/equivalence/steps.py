@@ -15,7 +15,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from gc_accel.chunking import Inputs, batch_size, call, named, split, split_streams
-from gc_accel.encoding import Encoded, Named
+from gc_accel.encoding import Encoded, Named, Parts
 from gc_accel.equivalence.errors import Gradients, order, representation_error
 from gc_accel.equivalence.graph import leaves_and_nodes
 from gc_accel.equivalence.joining import join
@@ -28,17 +28,21 @@ class WatchedCache(GradientCache):
 
     Attributes:
         calls: inputs by stream, in the order in which they were encoded, the joint call last.
+        by_samples: the places of these calls in that list, in the order of their samples.
         drift: largest difference between the two representations of a sample, relative.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.sizes.calls = self.sizes.chunks  # one call for each chunk, to be noted
-        self.calls: list[dict[Any, Inputs]] = []
+        self.calls: list[Parts] = []
+        self.by_samples: Sequence[int] = ()
+        self.place: dict[Tensor, int] = {}  # of the call that a leaf comes from
         self.drift = 0.0
 
-    def _encode(self, parts: dict[Any, Inputs], retain: bool) -> Encoded:
+    def _encode(self, parts: Parts, retain: bool) -> Encoded:
         leaves, replay = super()._encode(parts, retain)
+        self.place.update(dict.fromkeys(leaves.values(), len(self.calls)))
         self.calls.append(parts)
 
         def watched() -> Named:
@@ -47,6 +51,10 @@ class WatchedCache(GradientCache):
             return outputs
 
         return Encoded(leaves, watched)
+
+    def _cache_gradients(self, calls: list[Encoded], loss_kwargs: dict[str, Any]) -> Tensor:
+        self.by_samples = [self.place[next(iter(each.leaves.values()))] for each in calls]
+        return super()._cache_gradients(calls, loss_kwargs)
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,7 @@ class Steps:
 
     def replayed(self) -> Step:
         """The calls of the cached step's first pass, from the same random numbers, in one graph."""
-        return self._reference(self.cache.calls)
+        return self._reference(self.cache.calls, self.cache.by_samples)
 
     def cached(self) -> Step:
         """The step that training takes, without what a scaler and accumulation put into its gradients."""
@@ -116,12 +124,17 @@ class Steps:
         grads = {name: p.grad for name, p in self.parameters.items()}
         return Step(loss, {name: None if grad is None else grad / factor for name, grad in grads.items()})
 
-    def encode(self, calls: Iterable[Mapping[Any, Inputs]]) -> Named:
-        """Representations of all calls, the rows of the last one first, in float32 (float64 stays)."""
-        *others, last = [self._call(parts) for parts in calls]
+    def encode(self, calls: Iterable[Mapping[Any, Inputs]], by_samples: Sequence[int] = ()) -> Named:
+        """Representations of all calls, in float32 (float64 stays).
+
+        Args:
+            calls: inputs by stream, in the order in which to encode them.
+            by_samples: the places of the calls in the order of their samples; without, the last one is the first.
+        """
+        encoded = [self._call(parts) for parts in calls]
         found: dict[Any, list[Tensor]] = {}
-        for outputs in (last, *others):
-            for name, output in outputs.items():
+        for place in by_samples or range(-1, len(encoded) - 1):
+            for name, output in encoded[place].items():
                 found.setdefault(name, []).append(output)
         shared = self.cache.global_names
         return {name: rows[0] if name in shared else torch.cat(rows) for name, rows in found.items()}
@@ -136,11 +149,11 @@ class Steps:
             raise ValueError(f"expected a scalar loss of the representations, got {loss}")
         return loss.reshape(())
 
-    def _reference(self, calls: Sequence[Mapping[Any, Inputs]]) -> Step:
+    def _reference(self, calls: Sequence[Mapping[Any, Inputs]], by_samples: Sequence[int] = ()) -> Step:
         self.state.rewind()
         if self.cache.batch_norms.policy == "frozen":
             self.cache.batch_norms.begin_step()
-        outputs = self.encode(calls)
+        outputs = self.encode(calls, by_samples)
         drew, changed = not self.state.rng.is_current(), self.state.changed()
         loss = self.loss(outputs)
         leaves, nodes = leaves_and_nodes(loss)
