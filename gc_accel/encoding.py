@@ -34,10 +34,11 @@ def encode(fn: Callable[..., Any], chunk: Inputs, *, device: torch.device, retai
     with torch.set_grad_enabled(retain):
         outputs = _run(fn, chunk, device)
     drew = not state.is_current()
+    kept = outputs if retain else None  # without a graph they may be views of much more
 
     def replay() -> Named:
         with torch.enable_grad(), state.replayed() if drew else nullcontext():
-            return outputs if retain else _run(fn, chunk, device)
+            return kept or _run(fn, chunk, device)
 
     return Encoded(_leaves(outputs), replay)
 

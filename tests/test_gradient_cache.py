@@ -406,6 +406,25 @@ class TestBadInput:
     def test_loss_that_ignores_a_representation(self):
         self.check(r"ignores \['text'\]", loss_fn=lambda image, **_: image.square().sum() + image.sum())
 
+    @pytest.mark.parametrize("output", [None, 1.0, {"a": None}, (torch.zeros(2), "b")])
+    def test_an_encoder_that_returns_something_else(self, output):
+        with pytest.raises(ValueError, match="expected an encoder that returns a tensor"):
+            GradientCache(lambda x: output, pair_loss, 2).forward_backward(torch.randn(4, 3))
+
+    @pytest.mark.parametrize("shape", [(), (1,), (3, 4)])
+    def test_an_output_that_is_not_of_each_sample(self, shape):
+        scale = torch.ones(shape, requires_grad=True)
+        encoder = nn.Linear(3, 4)
+        with pytest.raises(ValueError, match=r"each of 2 samples.*'scale'.*global_names"):
+            GradientCache(lambda x: {"reps": encoder(x), "scale": scale * 2}, pair_loss, 2).forward_backward(
+                torch.randn(4, 3)
+            )
+
+    @pytest.mark.parametrize("value", [1.0, (torch.zeros(()),)])
+    def test_a_loss_that_is_no_tensor(self, value):
+        with pytest.raises(ValueError, match="expected a scalar loss"):
+            GradientCache(nn.Linear(3, 4), lambda reps: value, 2).forward_backward(torch.randn(4, 3))
+
     def test_loss_that_is_no_scalar(self):
         self.check("scalar loss", loss_fn=lambda image, text, **_: image * text)
 

@@ -6,7 +6,8 @@ from torch import nn
 
 from gc_accel import GradientCache
 from gc_accel.losses import CLIPLoss, dense
-from gc_accel.memory import SavedBytes
+from gc_accel.memory import LiveBytes, SavedBytes
+from gc_accel.packing import Packed
 from gc_accel.schedule import Block, FirstPass, Rows, Turn
 from tests.comparing import assert_equal
 from tests.models import dual_encoder, image_text_batch
@@ -88,6 +89,11 @@ def test_what_the_costliest_stream_leaves_of_the_budget_goes_to_the_next():
         {"retain": "auto", "memory_budget": 0.5},
         {"retain": "some"},
         {"retain": -1},
+        {"retain": 1.5},
+        {"retain": None},
+        {"retain": True},
+        {"retain": "auto", "memory_budget": "4GB"},
+        {"retain": "auto", "memory_budget": float("nan")},
     ],
 )
 def test_refuses_what_says_nothing(options):
@@ -121,33 +127,167 @@ def test_chunks_are_joined_within_their_inputs_and_up_to_the_size_of_a_call():
     assert blocks(limit, 3, *groups)[:2] == [("a", 0, 2, False), ("a", 2, 4, False)]
 
 
-def test_the_last_chunks_of_each_stream_are_retained_one_by_one():
-    one, two = torch.zeros(7, 1), torch.zeros(8, 1)
-    found = blocks({"a": 3, "b": 4}, 8, turns("a", one, 7, 2), turns("b", two, 8, 2))
-    assert found == [
-        ("a", 0, 4, False),
-        ("a", 4, 6, True),
-        ("a", 6, 7, True),
-        ("b", 0, 4, False),
-        ("b", 4, 6, True),
-        ("b", 6, 8, True),
+def test_the_first_chunks_and_the_last_are_retained_one_by_one():
+    one, two = torch.zeros(9, 1), torch.zeros(8, 1)
+    assert blocks({"a": 5}, 8, turns("a", one, 9, 2)) == [
+        ("a", 0, 2, True),
+        ("a", 2, 6, False),
+        ("a", 6, 8, True),
+        ("a", 8, 9, True),
     ]
+    assert blocks({"b": 2}, 8, turns("b", two, 8, 2)) == [("b", 0, 6, False), ("b", 6, 8, True)]
     assert Block(turns("a", one, 7, 2)[1:3], False).rows.inputs.shape == (4, 1)
 
 
-def test_nothing_waits_where_nothing_or_everything_is_retained():
-    """A chunk is encoded before the one after it has been read."""
-    for limit in (0.0, float("inf")):
-        read = []
+@pytest.mark.parametrize(("limit", "waits"), [(0.0, 0), (float("inf"), 0), (2, 1), (6, 1), (16, 1)])
+def test_at_most_one_chunk_waits_for_the_next(limit, waits):
+    """Loading goes on while chunks are encoded, however many graphs are retained."""
+    read = []
 
-        def reading(read=read):
-            for number, turn in enumerate(turns("a", torch.zeros(8, 1), 8, 2)):
-                read.append(number)
-                yield turn
+    def reading():
+        for number, turn in enumerate(turns("a", torch.zeros(16, 1), 16, 2)):
+            read.append(number)
+            yield turn
 
-        schedule = FirstPass({"a": 2}, {"a": 2}, {"a": limit}, nominal=False)
-        for number, _ in enumerate(schedule.blocks(reading())):
-            assert read[-1] == number
+    schedule, kept = FirstPass({"a": 2}, {"a": 2}, {"a": limit}, nominal=False), 0
+    for number, block in enumerate(schedule.blocks(reading())):
+        assert read[-1] <= number + waits
+        kept += 2 * block.retain
+    assert kept == min(limit, 16)
+
+
+def test_what_the_joint_call_leaves_of_the_first_chunk_comes_last():
+    batch, joint = {"x": torch.arange(11)[:, None], "y": torch.arange(11)[:, None]}, {}
+    schedule = FirstPass({"a": 4, "b": 6}, {"a": 4, "b": 6}, {"a": 8, "b": 0}, nominal=True)
+    cut = schedule.turns([batch], {"a": ("x",), "b": ("y",)}, ["a", "b"], joint, {})
+    found = [
+        (
+            block.turns[0].stream,
+            block.rows.start,
+            block.rows.stop,
+            block.retain,
+            schedule.is_rest(block.turns[0]),
+        )
+        for block in schedule.blocks(cut)
+    ]
+    assert {name: (rows.start, rows.stop) for name, rows in joint.items()} == {"a": (0, 2), "b": (0, 2)}
+    assert found == [
+        ("a", 4, 8, True, False),
+        ("a", 8, 11, True, False),
+        ("b", 6, 11, False, False),
+        ("a", 2, 4, False, True),
+        ("b", 2, 6, False, True),
+    ]
+
+
+def encoded_samples(retain, sizes, *, chunk_size=8, **options):
+    """How many samples a tower sees in each of several steps, with batches that come in chunks of some sizes."""
+    model, seen, counts = nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 5)), [], []
+    model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    cache = GradientCache(model, lambda reps: reps.logsumexp(0).sum(), chunk_size, retain=retain, **options)
+    for step in sizes:
+        seen.clear()
+        cache.forward_backward_chunks(torch.randn(size, 6) for size in step)
+        counts.append(sum(seen))
+    return counts
+
+
+def test_a_number_of_chunks_is_counted_in_chunks_however_small_they_are():
+    """Chunks that are bounded in tokens have fewer samples, and their graphs are as large."""
+    assert encoded_samples(1, [[3, 3, 3, 3]]) == [2 * 12 - 3]
+    assert encoded_samples(2, [[3, 3, 3, 3]]) == [2 * 12 - 6]
+
+
+def test_a_budget_holds_in_larger_batches_than_the_first():
+    graph = 8 * 2 * 6 * 4  # bytes of eight samples, before and after GELU
+    first, larger = encoded_samples("auto", [[8] * 2, [8] * 40], memory_budget=3.5 * graph)
+    assert first == 2 * 16 - 8
+    assert larger == 2 * 320 - 24
+
+
+def test_bytes_are_those_of_the_costliest_sample():
+    """Not of the largest graph, which may have many short samples."""
+
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Linear(3, 4)
+
+        def forward(self, x):
+            return self.embedding(x * 2.0).sum(1)
+
+    model, seen = Padded(), []
+    model.register_forward_pre_hook(lambda _, args: seen.append((len(args[0]), torch.is_grad_enabled())))
+    long = 40 * 3 * 4  # bytes of a sample of 40 tokens
+    options = {"retain": "auto", "memory_budget": 4.5 * long}
+    cache = GradientCache(model, lambda reps: reps.logsumexp(0).sum(), 64, **options)
+    chunks = [torch.randn(*shape, 3) for shape in [(2, 40), (64, 2), (2, 40), (2, 40), (2, 40)]]
+    cache.forward_backward_chunks(chunks)
+    seen.clear()
+    cache.forward_backward_chunks(chunks[2:] + chunks[:1] * 3)
+    first_pass = seen[: len(seen) // 2]
+    assert sum(count for count, retained in first_pass if retained) <= 64, (
+        "one chunk of the largest size, at most"
+    )
+
+
+def test_a_small_budget_takes_no_less_than_the_default():
+    assert encoded_samples("auto", [[8] * 4] * 2, memory_budget=10) == encoded_samples(1, [[8] * 4] * 2)
+
+
+def test_packed_inputs_can_be_measured():
+    layer = nn.Linear(6, 5)
+
+    def encoder(ids, patches):
+        return ids.float() + layer(patches).sum(0)
+
+    batch = {
+        "ids": torch.arange(10.0)[:, None].expand(10, 5),
+        "patches": Packed(torch.randn(40, 6), (4,) * 10),
+    }
+    cache = GradientCache(encoder, lambda reps: reps.logsumexp(0).sum(), 2, retain="auto", memory_budget=1e6)
+    for _ in range(2):
+        cache.forward_backward(batch)
+    assert layer.weight.grad.abs().sum() > 0
+
+
+def test_a_view_of_what_the_encoder_computed_keeps_nothing_of_it_alive():
+    """Such as the first token of all hidden states."""
+    layer, rows, kept = nn.Linear(8, 64), torch.randn(32, 16, 8), []
+
+    def loss(reps):
+        kept.append(live.now)
+        return reps.logsumexp(0).sum()
+
+    with LiveBytes([*layer.parameters(), rows]) as live:
+        GradientCache(lambda x: layer(x)[:, 0], loss, 4, retain=0).forward_backward(rows)
+    assert kept[0] <= 3 * 32 * 64 * 4, "the representations, as leaves and joined"
+
+
+@pytest.mark.parametrize("frozen", ["image", "text"])
+def test_a_frozen_tower_keeps_no_graph_and_shares_calls(frozen):
+    encoder, batch = dual_encoder("clip", freeze=[frozen]), image_text_batch(SIZE)
+    _, expected = full_batch(encoder, dense.clip_loss, batch)
+    calls = []
+    encoder.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.extend(
+            (name, len(next(iter(part.values()))), torch.is_grad_enabled()) for name, part in kwargs.items()
+        ),
+        with_kwargs=True,
+    )
+    GradientCache(encoder, CLIPLoss(), CHUNK, forward_chunk_size=3 * CHUNK).forward_backward(batch)
+    assert_equal(take_gradients(encoder), expected)
+    own = [(count, grad) for name, count, grad in calls if name == frozen]
+    assert own == [(3 * CHUNK, False)] * 2
+
+
+def test_with_both_towers_frozen_only_the_joint_call_is_encoded_twice():
+    encoder, batch = dual_encoder("clip", freeze=["image", "text"]), image_text_batch(SIZE)
+    _, expected = full_batch(encoder, dense.clip_loss, batch)
+    counts = count_samples(encoder)
+    GradientCache(encoder, CLIPLoss(), CHUNK).forward_backward(batch)
+    assert_equal(take_gradients(encoder), expected)
+    assert counts == {"image": SIZE + CHUNK // 2, "text": SIZE + CHUNK // 2}
 
 
 @pytest.mark.parametrize("retain", [0, 1, 3, "all"])
