@@ -122,6 +122,10 @@ class CachedContrastiveArguments(TrainingArguments):
             raise ValueError(
                 f"expected chunk_tokens of at least 1, along with sort_by_length, got {self.chunk_tokens}"
             )
+        if self.forward_chunk_size is not None and self.forward_chunk_size < 1:
+            raise ValueError(f"expected a forward_chunk_size of at least 1, got {self.forward_chunk_size}")
+        if self.memory_budget is not None and not self.memory_budget > 0:
+            raise ValueError(f"expected a memory_budget above 0, in bytes, got {self.memory_budget}")
         if self.retain not in ("all", "auto") and not self.retain.isdecimal():
             raise ValueError(
                 f"expected retain to be a number of chunks, 'all' or 'auto', got {self.retain!r}"
