@@ -600,6 +600,20 @@ def test_resume_in_the_middle_of_a_pass_gives_the_same_weights(tmp_path, shards,
     assert_same_weights(whole, resumed, start)
 
 
+@pytest.mark.parametrize("steps", [2, 4])  # in the first pass, in the second
+def test_a_finished_run_goes_on_with_more_steps(tmp_path, shards, steps):
+    options = {"dropout": 0.3, "lr_scheduler_type": "constant"}
+    whole = make_trainer(tmp_path / "whole", shards, max_steps=5, **options)
+    start = weights(whole)
+    whole.train()
+    saving = {"save_strategy": "steps", "save_steps": steps}
+    make_trainer(tmp_path / "short", shards, max_steps=steps, **saving, **options).train()
+    longer = make_trainer(tmp_path / "longer", shards, max_steps=5, **options)
+    longer.train(resume_from_checkpoint=str(tmp_path / "short" / f"checkpoint-{steps}"))
+    assert longer.state.global_step == 5
+    assert_same_weights(whole, longer, start)
+
+
 def test_images_of_skipped_batches_are_not_decoded(tmp_path, shards, monkeypatch):
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
     make_trainer(tmp_path / "run", shards, **options).train()
