@@ -466,13 +466,16 @@ class TestBesideTheEngine:
         expected = oracle("byol", encoder, outputs, outputs["views"].detach(), rows)
         torch.testing.assert_close(loss.eval()(**outputs, labels=torch.arange(SIZE)), expected)
 
-    @pytest.mark.parametrize("method", ["simsiam", "swav", "nnclr"])
-    def test_equivalence_can_be_checked(self, method):
-        encoder, loss, _ = make(method, dropout=0.3)
+    @pytest.mark.parametrize("dropout", [0.0, 0.3])
+    @pytest.mark.parametrize("method", LOSSES)
+    def test_equivalence_can_be_checked(self, method, dropout):
+        encoder, loss, rows = make(method, dropout=dropout)
         before = copy.deepcopy(loss.state_dict())
         report = check_equivalence(encoder, loss, batch_of(), 3)
         assert report.ok, report
         assert all(torch.equal(value, before[name]) for name, value in loss.state_dict().items())
+        expected, _ = whole_batch(method, encoder, loss, rows, batch_of())
+        assert (report.loss == pytest.approx(float(expected), rel=1e-9)) == (dropout == 0)
 
     def test_nt_xent_is_still_in_regime_a(self):
         encoder = encoder_of("vit")
