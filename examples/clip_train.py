@@ -177,8 +177,31 @@ def draw_sheet(trainer: CachedContrastiveTrainer, eval_set: Any, path: Path, ima
         retrieval_sheet(pixels, captions[:images], retrieved, path, title=title)
 
 
+def train(trainer: CachedContrastiveTrainer, eval_set: Any, zero_shot_folder: str | None) -> None:
+    """Train, evaluate, write."""
+    result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    trainer.save_metrics("train", result.metrics)
+
+    scores = trainer.evaluate()
+    if zero_shot_folder is not None:
+        folder_scores = classify_folder(trainer, zero_shot_folder)
+        scores |= {f"eval_folder_{name}": value for name, value in folder_scores.items()}
+    trainer.log_metrics("eval", scores)
+    trainer.save_metrics("eval", scores)
+    output = Path(trainer.args.output_dir)
+    draw_sheet(trainer, eval_set, output / "retrieval_sheet.png")
+    if trainer.is_world_process_zero():
+        training_curve(trainer.state.log_history, output / "training_curve.png")
+        trainer.create_model_card(
+            tasks="zero-shot-image-classification", tags=["gc-accel", "contrastive-learning"]
+        )
+        print(f"Written to {output}: the model, all_results.json, training_curve.png, retrieval_sheet.png")
+
+
 def main() -> None:
-    """Build, train, evaluate, write."""
+    """Build, train, evaluate, write; or plan."""
     kinds = (ModelArguments, DataArguments, PlanArguments, TrainArguments)
     model_args, data_args, plan_args, args = parse(*kinds)
     check_streaming(data_args, args.max_steps, built_in=BUILT_IN)
@@ -210,26 +233,9 @@ def main() -> None:
     )
     if plan_args.plan:
         print_plan(trainer)
-        return
-    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model()
-    trainer.save_state()
-    trainer.save_metrics("train", result.metrics)
-
-    scores = trainer.evaluate()
-    if data_args.zero_shot_folder is not None:
-        folder_scores = classify_folder(trainer, data_args.zero_shot_folder)
-        scores |= {f"eval_folder_{name}": value for name, value in folder_scores.items()}
-    trainer.log_metrics("eval", scores)
-    trainer.save_metrics("eval", scores)
-    output = Path(args.output_dir)
-    draw_sheet(trainer, eval_set, output / "retrieval_sheet.png")
-    if trainer.is_world_process_zero():
-        training_curve(trainer.state.log_history, output / "training_curve.png")
-        trainer.create_model_card(
-            tasks="zero-shot-image-classification", tags=["gc-accel", "contrastive-learning"]
-        )
-        print(f"Written to {output}: the model, all_results.json, training_curve.png, retrieval_sheet.png")
+    else:
+        train(trainer, eval_set, data_args.zero_shot_folder)
+    trainer.accelerator.end_training()  # a gloo thread that outlives the interpreter would abort the process
 
 
 if __name__ == "__main__":

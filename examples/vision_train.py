@@ -193,8 +193,32 @@ def evaluate(
     return scores
 
 
+def train(
+    trainer: CachedContrastiveTrainer, judge: Judge, args: ProbeArguments, finetuned_from: str | None
+) -> None:
+    """Train, evaluate, write."""
+    result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    trainer.save_metrics("train", result.metrics)
+
+    output = Path(trainer.args.output_dir)
+    scores = evaluate(trainer, judge, args, output)
+    trainer.log_metrics("eval", scores)
+    trainer.save_metrics("eval", scores)
+    if trainer.is_world_process_zero():
+        training_curve(trainer.state.log_history, output / "training_curve.png")
+        trainer.create_model_card(
+            finetuned_from=finetuned_from,
+            tasks="image-feature-extraction",
+            tags=["gc-accel", "contrastive-learning"],
+        )
+        print(table(scores))
+        print(f"Written to {output}: the model, all_results.json, training_curve.png, embedding_map.png")
+
+
 def main() -> None:
-    """Build, train, evaluate, write."""
+    """Build, train, evaluate, write; or plan."""
     kinds: Any = (ModelArguments, LossArguments, DataArguments, ViewArguments, ProbeArguments)
     model_args, loss_args, data_args, view_args, probe_args, plan_args, args = parse(
         *kinds, PlanArguments, TrainArguments
@@ -229,25 +253,9 @@ def main() -> None:
     )
     if plan_args.plan:
         print_plan(trainer)
-        return
-    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model()
-    trainer.save_state()
-    trainer.save_metrics("train", result.metrics)
-
-    output = Path(args.output_dir)
-    scores = evaluate(trainer, judge, probe_args, output)
-    trainer.log_metrics("eval", scores)
-    trainer.save_metrics("eval", scores)
-    if trainer.is_world_process_zero():
-        training_curve(trainer.state.log_history, output / "training_curve.png")
-        trainer.create_model_card(
-            finetuned_from=None if model_args.from_scratch else model_args.model,
-            tasks="image-feature-extraction",
-            tags=["gc-accel", "contrastive-learning"],
-        )
-        print(table(scores))
-        print(f"Written to {output}: the model, all_results.json, training_curve.png, embedding_map.png")
+    else:
+        train(trainer, judge, probe_args, None if model_args.from_scratch else model_args.model)
+    trainer.accelerator.end_training()  # a gloo thread that outlives the interpreter would abort the process
 
 
 if __name__ == "__main__":

@@ -10,13 +10,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gc_accel import GradientCache, check_equivalence
 from gc_accel.encoders import FullBatchHead
+from gc_accel.losses import LOSSES as NAMED
 from gc_accel.losses import (
     AccumulatedLoss,
     BYOLLoss,
+    DistillationLoss,
     MoCoLoss,
     MomentumEncoder,
     NNCLRLoss,
     NTXentLoss,
+    RetrievalLoss,
     SimSiamLoss,
     SwAVLoss,
 )
@@ -204,6 +207,15 @@ def test_a_regime_is_declared(method):
     regimes = {"simsiam": "C", "byol": "C", "moco v2": "C", "moco v3": "B", "nnclr": "A"}
     assert loss.regime == regimes.get(method, "B")
     assert isinstance(loss, AccumulatedLoss) == (loss.regime != "A")
+
+
+def test_every_loss_says_its_regime():
+    made = {name: kind() for name, kind in NAMED.items()} | {"moco v2": MoCoLoss(queue_size=QUEUE)}
+    others = {"swav": "B", "moco": "B", "moco v2": "C", "byol": "C", "simsiam": "C"}
+    assert {name: loss.regime for name, loss in made.items()} == dict.fromkeys(NAMED, "A") | others
+    assert DistillationLoss.regime == RetrievalLoss.regime == "A"
+    for name, loss in made.items():
+        assert isinstance(loss, AccumulatedLoss) == (loss.regime != "A"), name
 
 
 @pytest.mark.parametrize("method", LOSSES)
@@ -425,7 +437,9 @@ class TestBadInput:
 
     def test_no_predictor_and_no_prototypes(self):
         encoder = encoder_of("vit")
-        for loss, name in ((SimSiamLoss(), "predictor"), (SwAVLoss(), "prototypes")):
+        nnclr = NNCLRLoss(queue_size=3, dim=DIM).double()
+        losses = ((SimSiamLoss(), "predictor"), (nnclr, "predictor"), (SwAVLoss(), "prototypes"))
+        for loss, name in losses:
             with pytest.raises(ValueError, match=rf"VisionEncoder\(..., {name}=...\)"):
                 GradientCache(encoder, loss).forward_backward(batch_of())
 
@@ -488,13 +502,16 @@ class TestBesideTheEngine:
         expected = oracle("byol", encoder, outputs, outputs["views"].detach(), rows)
         torch.testing.assert_close(loss.eval()(**outputs, labels=torch.arange(SIZE)), expected)
 
-    @pytest.mark.parametrize("method", ["simsiam", "swav", "nnclr"])
-    def test_equivalence_can_be_checked(self, method):
-        encoder, loss, _ = make(method, dropout=0.3)
+    @pytest.mark.parametrize("dropout", [0.0, 0.3])
+    @pytest.mark.parametrize("method", LOSSES)
+    def test_equivalence_can_be_checked(self, method, dropout):
+        encoder, loss, rows = make(method, dropout=dropout)
         before = copy.deepcopy(loss.state_dict())
         report = check_equivalence(encoder, loss, batch_of(), 3)
         assert report.ok, report
         assert all(torch.equal(value, before[name]) for name, value in loss.state_dict().items())
+        expected, _ = whole_batch(method, encoder, loss, rows, batch_of())
+        assert (report.loss == pytest.approx(float(expected), rel=1e-9)) == (dropout == 0)
 
     def test_nt_xent_is_still_in_regime_a(self):
         encoder = encoder_of("vit")

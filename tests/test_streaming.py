@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate import skip_first_batches
+from accelerate import Accelerator, skip_first_batches
 from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from transformers import CLIPModel
@@ -600,6 +600,20 @@ def test_resume_in_the_middle_of_a_pass_gives_the_same_weights(tmp_path, shards,
     assert_same_weights(whole, resumed, start)
 
 
+@pytest.mark.parametrize("steps", [2, 4])  # in the first pass, in the second
+def test_a_finished_run_goes_on_with_more_steps(tmp_path, shards, steps):
+    options = {"dropout": 0.3, "lr_scheduler_type": "constant"}
+    whole = make_trainer(tmp_path / "whole", shards, max_steps=5, **options)
+    start = weights(whole)
+    whole.train()
+    saving = {"save_strategy": "steps", "save_steps": steps}
+    make_trainer(tmp_path / "short", shards, max_steps=steps, **saving, **options).train()
+    longer = make_trainer(tmp_path / "longer", shards, max_steps=5, **options)
+    longer.train(resume_from_checkpoint=str(tmp_path / "short" / f"checkpoint-{steps}"))
+    assert longer.state.global_step == 5
+    assert_same_weights(whole, longer, start)
+
+
 def test_images_of_skipped_batches_are_not_decoded(tmp_path, shards, monkeypatch):
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
     make_trainer(tmp_path / "run", shards, **options).train()
@@ -793,6 +807,20 @@ def test_vision_trains_on_every_source(tmp_path, monkeypatch, source):
     run_here("vision_train.py", *ONE_STEP, *SOURCES[source], *VISION, *flags, monkeypatch=monkeypatch)
     assert_trained_one_step(tmp_path / "out", streamed=source.startswith("streamed"))
     assert 0 <= metrics(tmp_path / "out")["eval_probe_last_backbone"] <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("flags", [["--plan"], ["--max_steps", "1"]])
+@pytest.mark.parametrize("script", ["clip_train.py", "vision_train.py"])
+def test_the_process_group_is_given_up_last(tmp_path, monkeypatch, script, flags):
+    """Else a rank may be aborted on its way out, by a thread of gloo."""
+    monkeypatch.chdir(tmp_path)
+    written = []
+    monkeypatch.setattr(Accelerator, "end_training", lambda _: written.append(sorted(tmp_path.rglob("*"))))
+    flags = [*ONE_STEP, *(CLIP if script == "clip_train.py" else VISION), *flags]
+    run_here(script, *flags, monkeypatch=monkeypatch)
+    assert written == [sorted(tmp_path.rglob("*"))]
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from gc_accel.encoders.backbones import open_backbone
 from gc_accel.encoders.checkpointing import Checkpointing
@@ -28,6 +29,8 @@ from gc_accel.encoders.resolutions import encode_views
 
 CONFIG, WEIGHTS = "vision_encoder.json", "model.safetensors"
 HEADS = {"heads": "head.safetensors", "further": "further.safetensors"}  # beside the backbone's file
+TITLES = {"heads": "projection heads", "further": "predictor or prototypes"}
+logger = logging.get_logger(__name__)
 
 
 class VisionEncoder(Checkpointing, nn.Module):
@@ -52,6 +55,9 @@ class VisionEncoder(Checkpointing, nn.Module):
         image_std: per channel.
         freeze_backbone: train the heads alone. What is frozen otherwise, by the caller, stays frozen too, and
             every module without a parameter that trains stays in eval mode.
+
+    Attributes:
+        dim: D, which is F without a head.
 
     Raises:
         ValueError: the backbone's outputs do not allow the pooling or an exit; features of different widths
@@ -92,8 +98,8 @@ class VisionEncoder(Checkpointing, nn.Module):
             raise ValueError(f"expected a head for features of different widths, got 'none' for {widths}")
         weight = next(backbone.parameters())
         self.heads = nn.ModuleList(projection_head(head, f, hidden_dim, projection_dim) for f in widths)
-        dim = widths[-1] if head == "none" else projection_dim
-        self.further = further_heads(dim, predictor, prototypes)
+        self.dim = widths[-1] if head == "none" else projection_dim
+        self.further = further_heads(self.dim, predictor, prototypes)
         for heads in (self.heads, self.further):
             heads.to(weight.device, weight.dtype)
         if freeze_backbone:
@@ -123,7 +129,8 @@ class VisionEncoder(Checkpointing, nn.Module):
 
         Args:
             name_or_path: of transformers; or "timm/<name>", "hf-hub:timm/<name>". From a folder that
-                `save_pretrained` wrote for a model of transformers, heads and options come along.
+                `save_pretrained` wrote for a model of transformers, options come along, and the heads that fit
+                them; those that do not, as of another method, are new, and a warning says so.
             backbone_options: for `AutoModel.from_pretrained` or `timm.create_model`.
             options: of the constructor. A pooler that the checkpoint does not bring is not the default.
         """
@@ -131,7 +138,7 @@ class VisionEncoder(Checkpointing, nn.Module):
         config = Path(name_or_path) / CONFIG
         if config.is_file():
             encoder = cls(backbone, **(json.loads(config.read_text()) | options))
-            encoder._load_heads(config.parent)
+            encoder._load_heads_that_fit(config.parent)
             return encoder
         return cls(backbone, **(({"pooling": "cls"} if pooler_is_new else {}) | options))
 
@@ -215,7 +222,22 @@ class VisionEncoder(Checkpointing, nn.Module):
             if len(own):
                 own.load_state_dict(load_file(directory / file))
 
+    def _load_heads_that_fit(self, directory: Path) -> None:
+        for part, file in HEADS.items():
+            own, path = getattr(self, part), directory / file
+            saved = load_file(path) if path.is_file() else {}
+            if _shapes(saved) == _shapes(own.state_dict()):
+                own.load_state_dict(saved)
+            elif list(own.parameters()):
+                logger.warning(
+                    "What is in %s does not fit the %s asked for, which are new.", path, TITLES[part]
+                )
+
     def _represent(self, pixels: Tensor) -> Tensor:
         """Images `(N, 3, H, W)` to projections `(N, E + 1, D)`."""
         features = self.reader(self.backbone, self.normalise_pixels(pixels))
         return torch.stack([head(each) for head, each in zip(self.heads, features, strict=True)], dim=1)
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in state.items()}

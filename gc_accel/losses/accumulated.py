@@ -27,7 +27,6 @@ from gc_accel.losses.inputs import full_precision
 from gc_accel.losses.momentum import MomentumEncoder
 
 Reps = Mapping[str, Tensor]
-Regime = Literal["A", "B", "C"]
 
 
 class StatefulLoss(GlobalLoss):
@@ -36,8 +35,6 @@ class StatefulLoss(GlobalLoss):
     Args:
         process_group: ranks whose batches make up the global batch; None is the default group.
     """
-
-    regime: Regime = "A"
 
     def __init__(self, *, process_group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
@@ -66,7 +63,7 @@ class AccumulatedLoss(StatefulLoss):
     term is taken: the "teacher"'s, the "encoder"'s own, or nobody's.
     """
 
-    regime: Regime = "C"
+    regime: Literal["A", "B", "C"] = "C"
     targets_from: ClassVar[Literal["teacher", "encoder"] | None] = None
 
     def __init__(
@@ -112,11 +109,22 @@ class AccumulatedLoss(StatefulLoss):
                 f"expected {type(self).__name__} in eval mode, where the encoder stands in for its momentum encoder, "
                 "got it in training mode: let GradientCache train with it, or call loss.eval() first"
             )
-        reps = dict(zip(reps, full_precision(*reps.values()), strict=True))
+        return self.in_one_graph(reps, reps)
+
+    def in_one_graph(self, reps: Reps, source: Reps) -> Tensor:
+        """The loss of the global batch, 0-d, with targets from the representations of a `source`.
+
+        Args:
+            reps: `(B, ...)` by name, of the encoder, for all samples of this rank.
+            source: likewise, of whom `targets_from` names; no gradient goes into them.
+        """
+        reps, source = (
+            dict(zip(each, full_precision(*each.values()), strict=True)) for each in (reps, source)
+        )
         first = next(iter(reps.values()))
         batch = RankedBatch(len(first), first.device, self.process_group)
         with torch.no_grad():
-            targets = self.targets({name: rep.detach() for name, rep in reps.items()}, batch)
+            targets = self.targets({name: rep.detach() for name, rep in source.items()}, batch)
         return batch.sum(self.per_sample(reps, targets, slice(0, len(first))).sum() / batch.total)
 
 

@@ -10,9 +10,11 @@ import math
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
+from gc_accel.distributed import world_size
 from gc_accel.losses.inputs import check_option
 
 Schedule = Literal["constant", "cosine"]
@@ -30,7 +32,8 @@ class MomentumEncoder(nn.Module):
         schedule: "cosine" lets m rise to 1 over the training, as BYOL and MoCo v3 do; "constant" as MoCo v2.
 
     Raises:
-        ValueError: for other options, and for an encoder whose forward accelerate has replaced.
+        ValueError: for other options, for an encoder whose forward accelerate has replaced, and for one in half
+            precision.
 
     Example:
         >>> teacher = MomentumEncoder(encoder, momentum=0.99)
@@ -51,6 +54,13 @@ class MomentumEncoder(nn.Module):
                 "expected an encoder before accelerator.prepare, got one whose forward it has replaced: make the "
                 "momentum encoder first"
             )
+        weights = [p for p in encoder.parameters() if p.is_floating_point()]
+        if half := {weight.dtype for weight in weights if torch.finfo(weight.dtype).bits < 32}:
+            # Of a weight w they know steps of w/256 (bfloat16), and a step of the average is often smaller.
+            raise ValueError(
+                f"expected an encoder in float32, as an average stands still in half precision, got {half.pop()}: load "
+                "the model in float32, and train under autocast (bf16=True) to compute in half precision"
+            )
         self.momentum, self.schedule = momentum, schedule
         self.encoder: Any = copy.deepcopy(encoder).requires_grad_(False)
         self.train(False)
@@ -68,7 +78,8 @@ class MomentumEncoder(nn.Module):
     def update(self, encoder: nn.Module, *, progress: float = 0.0) -> None:
         """Follow the encoder by one step; once after each step of the optimizer.
 
-        Averages of floating-point buffers are followed too, other buffers are copied.
+        Averages of floating-point buffers are followed too, other buffers are copied; on several ranks they are
+        those of rank 0 everywhere, so all ranks call this.
 
         Args:
             encoder: the one that was copied, prepared or not.
@@ -84,3 +95,6 @@ class MomentumEncoder(nn.Module):
                 mine.lerp_(theirs, share)
             else:
                 mine.copy_(theirs)
+        # Statistics of BatchNorm are each rank's own until DDP's next forward, which takes those of rank 0.
+        for buffer in self.encoder.buffers() if world_size() > 1 else ():
+            dist.broadcast(buffer, src=0)

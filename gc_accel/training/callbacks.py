@@ -28,9 +28,11 @@ class StepCallback(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        # On resume the Trainer wraps the loader to skip batches, and the wrapper has no set_epoch.
-        train_dataloader.set_epoch(int(state.epoch or 0))
-        if isinstance(train_dataloader, StreamLoader):
+        # On resume the Trainer wraps the loader to skip batches, and the wrapper has no set_epoch. A stream is read
+        # in one epoch, though that of a checkpoint is 1.0 if it was the end of a shorter run.
+        is_stream = isinstance(train_dataloader, StreamLoader)
+        train_dataloader.set_epoch(0 if is_stream else int(state.epoch or 0))
+        if is_stream:
             # One list for both: what is noted of a pass goes into trainer_state.json, and a resumed run has it.
             train_dataloader.plan.passes = state.stateful_callbacks.setdefault("stream_passes", [])
 
