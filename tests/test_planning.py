@@ -17,6 +17,7 @@ from gc_accel import GradientCache, VisionEncoder
 from gc_accel.chunk_size import CALLS_OF, WORTH, largest_chunk
 from gc_accel.losses import CLIPLoss, NTXentLoss
 from gc_accel.memory import LiveBytes
+from gc_accel.packing import Packed
 from gc_accel.planning import plan
 from gc_accel.planning.dry_run import Cost, DryRun
 from gc_accel.planning.loss import loss_cost
@@ -413,6 +414,41 @@ class Unforeseeable(nn.Linear):
 def test_an_encoder_that_looks_at_values_is_refused():
     with pytest.raises(ValueError, match="looks at their values"):
         plan(Unforeseeable(7, 5), torch.ones(2, 7), 8)
+
+
+class Patches(nn.Module):
+    """Over images of any size, whose patches are packed."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(6, 4)
+
+    def forward(self, ids, patches=None):
+        return ids[:, None] + self.embed(patches).sum()
+
+
+def test_packed_inputs_have_the_rows_of_their_samples():
+    sample = {"ids": torch.arange(3), "patches": Packed(torch.zeros(8, 6), (5, 0, 3))}
+    run = DryRun(Patches(), sample, CPU, None)
+    found = run._fake_inputs(sample, 7)["patches"]
+    assert found.counts == (5, 0, 3, 5, 0, 3, 5)
+    assert found.rows.shape == (21, 6)
+    assert run.sample_bytes == (3 * 8 + 8 * 6 * 4) // 3
+    few, many = (run.forward({None: count}) for count in (3, 30))
+    assert 5 * few < many
+    assert run._fake_inputs([Packed(torch.zeros(8, 6), (5, 3))], 1)[0].counts == (5,)
+    assert plan(Patches(), sample, 64, memory=MUCH).suggested_chunk_size == 64
+
+
+def test_retain_is_a_number_all_or_what_fits():
+    run = {"memory": 2**22, "chunk_size": 4}
+    assert plan(vit(), two_views(1), 64, retain="auto", **run) == plan(vit(), two_views(1), 64, **run)
+    for retain in (-1, "some", 1.5):
+        with pytest.raises(ValueError, match=f'"auto" or a number of chunks from 0, got {retain!r}'):
+            plan(vit(), two_views(1), 64, retain=retain, **run)
+    for memory in (0, -5, 0.9):
+        with pytest.raises(ValueError, match=f"memory in bytes, at least 1, got {memory}"):
+            plan(vit(), two_views(1), 64, memory=memory)
 
 
 def test_a_plain_module_over_one_tensor():

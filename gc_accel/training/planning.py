@@ -54,7 +54,7 @@ def plan_of(trainer: CachedContrastiveTrainer) -> Plan:
         args.per_device_train_batch_size,
         args.world_size,
         chunk_size=fixed,
-        retain=None if retain == "auto" else retain,
+        retain=retain,
         autocast=autocast,
         device=args.device,
     )
