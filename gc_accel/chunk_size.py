@@ -1,27 +1,46 @@
 """How many samples the encoder sees at once: given, found by measuring, halved when memory runs out.
 
-Peak memory is a straight line over the samples of a chunk, so the peaks of two small chunks say where it meets a
-bound. Measured is a forward and a backward pass of each stream, which run one at a time, and afterwards everything
-is as it was. The bound leaves room for what is not measured, and a step that runs out of memory nevertheless is
-made again (`recovery.py`).
+Measured is a forward and a backward pass of each stream, which run one at a time, with a gradient on every weight.
+The peak is that of the moment which takes most, and each moment takes a straight line over the samples, of a slope
+and an intercept of 0 or more: here the new gradients of the weights, there activations, which few samples hide.
+
+    bytes |           /          a line through two peaks lies below those of more samples: no more than it says fit
+    bound |----------/---        a line between two peaks lies above those in between: as many as it says fit
+          |_________/            k times the samples take k times the peak at most: so far is it safe to go
+          |___________________
+                 samples
+
+A step that runs out of memory nevertheless is made again (`recovery.py`).
 """
 
-from collections.abc import Iterable, Mapping
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral
 from typing import Any, Literal
 
 import psutil
 import torch
+from accelerate.utils.memory import clear_device_cache
+from torch import nn
 
-from gc_accel.chunking import Inputs, batch_size, slice_inputs, split_streams
+from gc_accel.chunking import Inputs, batch_size, select, split_streams
 from gc_accel.distributed import Replicas
+from gc_accel.distributed.collectives import lowest
 from gc_accel.encoding import encode
 from gc_accel.memory import LiveBytes
-from gc_accel.recovery import StepStart
+from gc_accel.recovery import StepStart, is_out_of_memory
 
 ChunkSize = int | Mapping[str, int] | Literal["auto"]
-PROBE = 16  # samples to measure with; the smaller chunk is a quarter of them
+FEW = 4  # samples to begin measuring with
 FILL = 0.9  # of the memory that is there
+WORTH = 1.05  # times the samples are worth another measurement
+ADAM = 2  # copies of the weights that train, which come with the first step of the optimizer
 CALLS_OF = 4  # chunks, in the first pass on an accelerator
+CHECKPOINTING = (
+    "gradient_checkpointing",
+    "grad_checkpointing",
+)  # of modules of transformers; of timm, open_clip
 
 
 class ChunkSizes:
@@ -29,13 +48,13 @@ class ChunkSizes:
 
     Args:
         chunk_size: for all streams, by stream, or "auto".
-        forward_chunk_size: of a call of the first pass; None: of one chunk, on an accelerator of some.
+        forward_chunk_size: of a call of the first pass; None: see `chunks_per_call`.
         memory: for "auto", see `fit_chunk_size`.
         streams: of the encoder.
         replicas: of the encoder.
 
     Raises:
-        ValueError: for sizes below 1, or of other streams.
+        ValueError: for sizes that are no whole numbers from 1, or of other streams.
     """
 
     def __init__(
@@ -55,13 +74,17 @@ class ChunkSizes:
             self._set(
                 chunk_size if isinstance(chunk_size, Mapping) else dict.fromkeys(self.streams, chunk_size)
             )
-        elif not self.is_auto:
+        elif self.is_auto:
+            self._check(dict.fromkeys(self.streams, 1))
+        else:
             raise ValueError(f'expected chunk_size to be a number of samples or "auto", got {chunk_size!r}')
 
     def settle(self, sample: Inputs) -> None:
         """Find the size of "auto" with some samples, unless that has been done."""
         if not self.chunks:
-            found = fit_chunk_size(sample, self.replicas, self.memory)
+            found = fit_chunk_size(
+                sample, self.replicas, self.memory, forward_chunk_size=self.forward_chunk_size
+            )
             self._set(dict.fromkeys(self.streams, found))
 
     def halve(self) -> None:
@@ -74,87 +97,155 @@ class ChunkSizes:
         return ", ".join(sizes)
 
     def _set(self, sizes: Mapping[Any, int]) -> None:
-        forward = self.forward_chunk_size
-        if (
-            set(sizes) != set(self.streams)
-            or min(sizes.values()) < 1
-            or (forward is not None and forward < 1)
-        ):
-            raise ValueError(
-                f"expected chunks of at least 1 sample of {self.streams}, and such calls, got {dict(sizes)}, {forward}"
-            )
-        factor = 1 if self.replicas.device.type == "cpu" else CALLS_OF
+        self._check(sizes)
+        factor = chunks_per_call(self.replicas.model, self.replicas.device)
         self.chunks = dict(sizes)
-        self.calls = {name: forward or factor * size for name, size in sizes.items()}
+        self.calls = {name: self.forward_chunk_size or factor * size for name, size in sizes.items()}
+
+    def _check(self, sizes: Mapping[Any, int]) -> None:
+        forward = self.forward_chunk_size
+        given = [*sizes.values(), *([] if forward is None else [forward])]
+        if set(sizes) != set(self.streams) or not all(map(_is_size, given)):
+            raise ValueError(
+                f"expected chunks of {self.streams}, and calls, of a whole number of samples from 1, got "
+                f"chunk_size={dict(sizes)}, forward_chunk_size={forward!r}"
+            )
+
+
+def chunks_per_call(model: Any, device: torch.device) -> int:
+    """How many chunks share a call of the first pass: several keep an accelerator busy, and take no more memory than
+    the graph of one, unless that is checkpointed."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    checkpoints = any(getattr(module, name, False) for module in modules for name in CHECKPOINTING)
+    return 1 if device.type == "cpu" or checkpoints else CALLS_OF
 
 
 def fit_chunk_size(
-    sample: Inputs, replicas: Replicas, memory: float | None = None, *, reserved: float = 0
+    sample: Inputs,
+    replicas: Replicas,
+    memory: float | None = None,
+    *,
+    most: int | None = None,
+    forward_chunk_size: int | None = None,
+    world_size: int | None = None,
 ) -> int:
-    """The largest chunk size, the same on every rank.
+    """The largest chunk size that leaves room for Adam and for the buckets of a reduction, the same on every rank.
+
+    To be called on all ranks. Afterwards everything is as it was.
 
     Args:
-        sample: nested inputs of at least 2 samples; `PROBE` of them are measured.
+        sample: nested inputs, which are repeated to measure more of them.
         replicas: of the encoder.
-        memory: bytes, or up to 1 a fraction of the device's; None: most of what it has, on the CPU of what is
-            free of the host's.
-        reserved: bytes of it that something else will take, such as an optimizer that is yet to come.
+        memory: bytes, on the CPU beside those of weights and inputs; on CUDA also, up to 1, a fraction of what is
+            free. None: most of what is free, on the CPU of this process's share in it.
+        most: samples of a chunk; None: of `sample`.
+        forward_chunk_size: samples of a call without a graph; None: of some chunks (`chunks_per_call`).
+        world_size: processes that will train; None: those that `replicas` know of.
 
     Raises:
-        ValueError: parameters are sharded; one sample does not fit, or only a single one is given.
+        ValueError: parameters are sharded; one sample does not fit on some rank; a fraction, but not of CUDA's memory.
     """
     if replicas.sharded:
         raise ValueError('expected a number of samples for sharded parameters, got chunk_size="auto"')
-    many = min(batch_size(sample), PROBE)
-    if many < 2:
-        raise ValueError(f"expected at least 2 samples to measure chunks with, got {many}")
-    few = (many + 3) // 4
-    low, high = (_peak(slice_inputs(sample, 0, count), replicas) for count in (few, many))
-    found = largest_chunk((few, low), (many, high), _bound(memory, replicas.device) - reserved)
-    return int(replicas.lowest([found])[0])
+    world_size = replicas.world_size if world_size is None else world_size
+    limit, start = most or batch_size(sample), StepStart(replicas)
+    trained = sum(each.nbytes for each in replicas.parameters if each.requires_grad)
+    reserved = (ADAM + (world_size > 1)) * trained
+    bound = _bound(memory, replicas.device)
+    per_call = chunks_per_call(replicas.model, replicas.device)
+
+    def peak(count: int) -> float:
+        together = min(max(count, forward_chunk_size or per_call * count), limit)
+        calls = {True: count} | ({False: together} if together > count else {})
+        return _peak(sample, calls, replicas, start)
+
+    found = largest_chunk(peak, bound - reserved, limit)
+    if world_size > 1:  # a rank on which nothing fits hands in 0, and all of them raise
+        found = int(lowest([found], replicas.device, replicas.group)[0])
+    if found < 1:
+        raise ValueError(
+            f"expected memory for a chunk of one sample on every rank, got {bound:,.0f} bytes on this one, "
+            f"{reserved:,.0f} of them for the optimizer: turn on gradient checkpointing, or freeze a part of the model"
+        )
+    return found
 
 
-def largest_chunk(small: tuple[int, float], large: tuple[int, float], memory: float) -> int:
-    """The largest chunk whose peak stays within `memory`.
+def largest_chunk(peak: Callable[[int], float], memory: float, most: int) -> int:
+    """About the largest chunk whose peak stays within `memory`, one that was measured; 0 if there is none.
 
     Args:
-        small, large: a chunk size and the peak that was measured with it, in bytes, or whatever unit `memory` is in.
-            Take them as large as is cheap: for a few samples, what the weights need can hide what the samples do.
+        peak: from a number of samples to bytes, infinite where they cannot be measured. It should be what the
+            sketch above says; chunks of more than `memory / FILL` are then not tried.
         memory: bytes that may be used.
-
-    Raises:
-        ValueError: the peaks do not grow with the chunk; not even one sample fits.
+        most: the largest chunk to try.
     """
-    (few, low), (many, high) = small, large
-    if not 0 < few < many or high <= low:
-        raise ValueError(
-            f"expected a larger peak for a larger chunk, got {small} and {large}: measure larger ones"
-        )
-    per_sample = (high - low) / (many - few)
-    chunk = int(few + (memory - low) // per_sample)
-    if chunk < 1:
-        raise ValueError(
-            f"expected memory for a chunk of one sample, got {memory:,.0f} where it takes "
-            f"{low - (few - 1) * per_sample:,.0f}: turn on gradient checkpointing, or freeze a part of the model"
-        )
-    return chunk
+    fits, over = list[tuple[int, float]](), None
+    size = min(FEW, most)
+    while True:
+        found = peak(size)
+        if found <= memory:
+            fits.append((size, found))
+        else:
+            over = size, found
+        largest = fits[-1][0] if fits else 0
+        size = _next(fits, over, memory, most)
+        if size <= largest or (largest and size < min(WORTH * largest, most)):
+            return largest
 
 
-def _peak(chunk: Inputs, replicas: Replicas) -> int:
-    """Bytes at most of the passes over a chunk, of the stream that takes most."""
-    device, start = replicas.device, StepStart(replicas)
-    peaks = []
-    for name, part in split_streams(chunk, getattr(replicas.model, "streams", {None: ()}))[0].items():
-        with _Peak(device) as peak, replicas.reducing(False):
-            inputs = part if name is None else {name: part}
-            encoded = encode(replicas.encoder, inputs, device=device, retain=True)
-            outputs = [output for output in encoded.replay().values() if output.requires_grad]
-            if outputs:
-                torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
-            del encoded, outputs
+def _next(fits: list[tuple[int, float]], over: tuple[int, float] | None, memory: float, most: int) -> int:
+    """The chunk to measure next, from those that fit, growing, and the smallest that does not."""
+    if over is not None and (not fits or over[1] == math.inf):
+        return ((fits[-1][0] if fits else 0) + over[0]) // 2
+    count, low = fits[-1]
+    if over is not None:
+        return count + int((memory - low) / (over[1] - low) * (over[0] - count))
+    size = min(most, math.ceil(count * min(2, max(memory / max(low, 1), 1 / FILL))))
+    if len(fits) > 1 and low > fits[-2][1]:
+        per_sample = (low - fits[-2][1]) / (count - fits[-2][0])
+        size = min(size, count + int((memory - low) / per_sample))
+    return size
+
+
+def _peak(sample: Inputs, calls: Mapping[bool, int], replicas: Replicas, start: StepStart) -> float:
+    """Bytes at most, in the stream that takes most, of a call with a graph and one without, of so many samples.
+
+    Infinite if they are more than there are. The model is called without what wraps it, which might talk to other
+    ranks.
+    """
+    peaks, size = list[float](), batch_size(sample)
+    try:
+        for graph, count in calls.items():
+            for part in _parts(select(sample, [row % size for row in range(count)]), replicas):
+                with _Peak(replicas.device) as peak, replicas.reducing(False):
+                    _run(part, replicas, graph)
+                start.restore()
+                peaks.append(peak.bytes)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        peaks = [math.inf]
+    finally:
         start.restore()
-        peaks.append(peak.bytes)
+    if math.inf in peaks:  # outside of the handler, because the error holds on to tensors
+        clear_device_cache(garbage_collection=True)
     return max(peaks)
+
+
+def _parts(inputs: Inputs, replicas: Replicas) -> list[Inputs]:
+    """What the encoder is called with, stream by stream."""
+    parts, _ = split_streams(inputs, getattr(replicas.model, "streams", {None: ()}))
+    return [part if name is None else {name: part} for name, part in parts.items()]
+
+
+def _run(inputs: Inputs, replicas: Replicas, graph: bool) -> None:
+    """One call beside the gradients of all weights, which are there in the second pass; with a graph backward too."""
+    for each in replicas.parameters:
+        each.grad = torch.zeros_like(each) if each.requires_grad else None
+    encoded = encode(replicas.model, inputs, device=replicas.device, retain=graph)
+    outputs = [output for output in encoded.replay().values() if output.requires_grad] if graph else []
+    if outputs:
+        torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
 
 
 class _Peak:
@@ -179,9 +270,18 @@ class _Peak:
 
 
 def _bound(memory: float | None, device: torch.device) -> float:
+    if memory is not None and (memory <= 0 or (memory <= 1 and device.type != "cuda")):
+        raise ValueError(
+            f"expected bytes, or on CUDA a fraction of its memory, got {memory} on {device.type}"
+        )
     if memory is not None and memory > 1:
         return memory
-    total = psutil.virtual_memory().available
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-    return total * (FILL if memory is None else memory)
+    if device.type == "cuda":  # what others have is not ours, what the allocator keeps is
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    else:
+        free = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return free * (FILL if memory is None else memory)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0

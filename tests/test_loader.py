@@ -98,6 +98,25 @@ def test_sorting_changes_the_chunks_but_not_the_batch():
         assert samples(b) == sorted(samples(a))
 
 
+def test_the_longest_chunk_is_the_last_one_and_is_read_alone():
+    one = loader(lengths=list)
+    found = one.longest_chunk()
+    assert sorted(one.samples.read) == sorted(found.tolist())
+    assert torch.equal(found, list(next(iter(loader(lengths=list))))[-1])
+    assert len(found) == 2
+
+
+def test_the_longest_chunk_is_one_that_can_be_read():
+    plan = BatchPlan(12, 12, 4, shuffle=False)
+    assert ChunkedLoader(Rows(12), plan, lambda own: own if max(own) < 6 else None).longest_chunk() == [
+        0,
+        1,
+        2,
+        3,
+    ]
+    assert ChunkedLoader(Rows(12), plan, lambda own: None).longest_chunk() is None
+
+
 def test_chunks_keep_within_their_tokens():
     lengths = [7, 1, 3, 3, 9, 2, 2, 1, 30, 4, 4, 4]
     plan = BatchPlan(12, 6, 4, lengths=lambda rows: [lengths[i] for i in rows], chunk_tokens=8)

@@ -14,9 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTModel
 
 from gc_accel import GradientCache, VisionEncoder
-from gc_accel.chunk_size import CALLS_OF, largest_chunk
+from gc_accel.chunk_size import CALLS_OF, WORTH, largest_chunk
 from gc_accel.losses import CLIPLoss, NTXentLoss
 from gc_accel.memory import LiveBytes
+from gc_accel.packing import Packed
 from gc_accel.planning import plan
 from gc_accel.planning.dry_run import Cost, DryRun
 from gc_accel.planning.loss import loss_cost
@@ -200,7 +201,7 @@ def test_retaining_spares_forwards():
 
 
 def test_graphs_grow_by_the_sample():
-    """A straight line through two chunk sizes predicts a third, which `largest_chunk` rests on."""
+    """A straight line through two chunk sizes predicts a third, where activations decide."""
     run = DryRun(vit(dropout=0.1), two_views(1), CPU, None)
     small, large, third = (run.cost({"views": size}) for size in (16, 32, 80))
     assert third.graph == small.graph + (large.graph - small.graph) * (80 - 16) // (32 - 16)
@@ -208,19 +209,22 @@ def test_graphs_grow_by_the_sample():
     assert third.backward == pytest.approx(predicted, rel=0.01)
 
 
-def test_largest_chunk_is_the_last_that_fits():
-    def peak(chunk):
-        return 700 + 30 * chunk
+@pytest.mark.parametrize("lines", [[(700, 30)], [(5000, 1), (90, 50)], [(900, 0), (300, 2), (0, 3)]])
+def test_largest_chunk_fits_and_little_more_does(lines):
+    """Of peaks that are the largest of several lines, whatever the bound; none tried takes much more than that."""
+    tried = []
 
-    for memory in (730, 731, 759, 760, 4000):
-        expected = max(chunk for chunk in range(1, 200) if peak(chunk) <= memory)
-        assert largest_chunk((2, peak(2)), (5, peak(5)), memory) == expected
-    with pytest.raises(ValueError, match="chunk of one sample, got 729 where it takes 730"):
-        largest_chunk((2, peak(2)), (5, peak(5)), 729)
-    with pytest.raises(ValueError, match="expected a larger peak for a larger chunk"):
-        largest_chunk((2, 100), (5, 100), 1000)
-    with pytest.raises(ValueError, match="expected a larger peak for a larger chunk"):
-        largest_chunk((5, 100), (2, 200), 1000)
+    def peak(chunk):
+        tried.append(max(a + b * chunk for a, b in lines))
+        return tried[-1]
+
+    for memory in chain(range(500, 1500, 7), range(4000, 9000, 111)):
+        fitting = [chunk for chunk in range(1, 3001) if max(a + b * chunk for a, b in lines) <= memory]
+        tried.clear()
+        found = largest_chunk(peak, memory, 3000)
+        assert max(fitting, default=0) / (WORTH / FILL) <= found <= max(fitting, default=0)
+        assert len(tried) < 50
+        assert max(tried[3:], default=0) <= 1.5 * memory
 
 
 def test_the_suggestion_fits_and_wastes_nothing():
@@ -410,6 +414,41 @@ class Unforeseeable(nn.Linear):
 def test_an_encoder_that_looks_at_values_is_refused():
     with pytest.raises(ValueError, match="looks at their values"):
         plan(Unforeseeable(7, 5), torch.ones(2, 7), 8)
+
+
+class Patches(nn.Module):
+    """Over images of any size, whose patches are packed."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(6, 4)
+
+    def forward(self, ids, patches=None):
+        return ids[:, None] + self.embed(patches).sum()
+
+
+def test_packed_inputs_have_the_rows_of_their_samples():
+    sample = {"ids": torch.arange(3), "patches": Packed(torch.zeros(8, 6), (5, 0, 3))}
+    run = DryRun(Patches(), sample, CPU, None)
+    found = run._fake_inputs(sample, 7)["patches"]
+    assert found.counts == (5, 0, 3, 5, 0, 3, 5)
+    assert found.rows.shape == (21, 6)
+    assert run.sample_bytes == (3 * 8 + 8 * 6 * 4) // 3
+    few, many = (run.forward({None: count}) for count in (3, 30))
+    assert 5 * few < many
+    assert run._fake_inputs([Packed(torch.zeros(8, 6), (5, 3))], 1)[0].counts == (5,)
+    assert plan(Patches(), sample, 64, memory=MUCH).suggested_chunk_size == 64
+
+
+def test_retain_is_a_number_all_or_what_fits():
+    run = {"memory": 2**22, "chunk_size": 4}
+    assert plan(vit(), two_views(1), 64, retain="auto", **run) == plan(vit(), two_views(1), 64, **run)
+    for retain in (-1, "some", 1.5):
+        with pytest.raises(ValueError, match=f'"auto" or a number of chunks from 0, got {retain!r}'):
+            plan(vit(), two_views(1), 64, retain=retain, **run)
+    for memory in (0, -5, 0.9):
+        with pytest.raises(ValueError, match=f"memory in bytes, at least 1, got {memory}"):
+            plan(vit(), two_views(1), 64, memory=memory)
 
 
 def test_a_plain_module_over_one_tensor():

@@ -5,8 +5,13 @@ import sys
 import pytest
 
 from benchmarks.planning import measure_apart
+from gc_accel import DualEncoder
+from gc_accel.data import image_statistics, numbers_processor
+from gc_accel.planning import plan
+from gc_accel.training.planning import plan_of
 from tests.launching import QUICK, launch
 from tests.test_examples import SMALL
+from tests.test_trainer import clip_model, make_trainer
 
 
 @pytest.mark.slow
@@ -46,3 +51,26 @@ def test_plan_of_a_vision_model_and_of_a_loss_without_a_cache(tmp_path):
     run = launch("vision_train.py", *options, "--loss", "byol", check=False)
     assert run.returncode != 0
     assert "expected a loss over all pairs to plan with, got BYOLLoss" in run.stderr
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
+def test_the_plan_is_that_of_the_longest_texts(tmp_path):
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=40)
+    first, *_, last = next(iter(trainer.get_train_dataloader()))
+    short, long = (plan(trainer.encoder, chunk, 40, chunk_size=3, retain=1) for chunk in (first, last))
+    assert short.peak < plan_of(trainer).peak == long.peak
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
+def test_the_plan_with_a_precomputed_tower_does_not_wait_for_it(tmp_path):
+    mean, std = image_statistics(numbers_processor())
+    encoder = DualEncoder(clip_model(), image_mean=mean, image_std=std, freeze=("image",))
+    options = {"per_device_train_batch_size": 40, "precompute_frozen": True}
+    trainer = make_trainer(tmp_path, model=encoder, **options)
+    found = plan_of(trainer)
+    assert not list(tmp_path.rglob("*.npy"))
+    *_, last = next(iter(trainer.get_train_dataloader()))
+    assert list(tmp_path.rglob("*.npy"))
+    assert "image_embeds" in last
+    expected = plan(trainer.encoder, last, 40, chunk_size=3, retain=1)
+    assert (found.bytes, found.flops) == (expected.bytes, expected.flops)

@@ -144,6 +144,25 @@ def test_training_from_disk_equals_training_from_images(tmp_path, options):
     assert files(tmp_path / "b")[0].startswith("image-")
 
 
+def test_a_tower_that_is_frozen_later_is_encoded_without_dropout(tmp_path):
+    encoder = make_encoder(freeze=(), dropout=0.5).train()
+    for parameter in encoder.tower("image").values():
+        parameter.requires_grad_(False)
+    modes = [module.training for module in encoder.modules()]
+    assert encoder.model.vision_model.training, "dropout is active"
+    data, collator = HandwrittenNumbers("train", size=7), ImageTextCollator(numbers_processor())
+    one, other = (
+        precompute(
+            encoder, data, collator, tmp_path / name, accelerator=Accelerator(cpu=True), progress=False
+        )
+        for name in "ab"
+    )
+    assert [module.training for module in encoder.modules()] == modes
+    expected = encoder.eval()(image={"pixel_values": collator([data[0]])["pixel_values"]})["image"][0]
+    assert torch.allclose(one[0]["image_embeds"], expected)
+    assert all(torch.equal(one[i]["image_embeds"], other[i]["image_embeds"]) for i in range(7))
+
+
 def test_a_frozen_text_tower_likewise(tmp_path):
     expected = trained(tmp_path / "a", encoder=make_encoder(freeze=("text",)))
     encoder = make_encoder(freeze=("text",))

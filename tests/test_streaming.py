@@ -234,6 +234,18 @@ def test_memory_is_that_of_a_batch_and_the_buffer():
     assert len(log) <= 8 + 6 + 32
 
 
+@pytest.mark.parametrize("read_ahead", [False, True])
+def test_the_longest_chunk_of_a_stream_is_decoded_alone(read_ahead):
+    def lengths(rows):
+        return [row.row["number"] for row in rows]
+
+    one = loader(lengths=lengths, read_ahead=read_ahead)
+    found = one.longest_chunk()
+    assert one.samples.decoded == found.tolist()
+    assert torch.equal(found, list(next(iter(loader(lengths=lengths))))[-1])
+    assert loader(sizes=(3, 2)).longest_chunk() is None
+
+
 # --- ranks ---
 
 

@@ -20,6 +20,23 @@ def test_automatic_sizes_are_found_once_and_stay(tmp_path):
     assert trainer.cache.retention.automatic is not None, "one cache for all steps, which remembers"
 
 
+def test_sizes_are_measured_with_the_longest_texts(tmp_path, monkeypatch):
+    """Padded each as its chunk is; the first chunk of a batch has the shortest ones."""
+    measured = []
+
+    def fit(sample, *args, **kwargs):
+        measured.append(sample["input_ids"].shape[1])
+        assert kwargs["most"] == 40
+        return 3
+
+    monkeypatch.setattr("gc_accel.training.chunk_sizes.SAMPLE", 3)
+    monkeypatch.setattr("gc_accel.training.chunk_sizes.fit_chunk_size", fit)
+    trainer = make_trainer(tmp_path, chunk_size="auto", per_device_train_batch_size=40)
+    widths = [chunk["input_ids"].shape[1] for chunk in next(iter(trainer.get_train_dataloader()))]
+    assert measured == [max(widths)]
+    assert min(widths) < max(widths)
+
+
 class OutOfMemoryOnce(CLIPLoss):
     """Raises in the step of that number."""
 

@@ -119,7 +119,7 @@ class ChunkedLoader(DataLoader):
         prefetch_factor: int | None = None,
         persistent_workers: bool = False,
     ) -> None:
-        self.samples, self.plan = dataset, plan
+        self.samples, self.plan, self.collate = dataset, plan, collate_fn
         self.draws = torch.Generator()  # of the workers' seeds, apart from the one that dropout uses
         chunk_loader = DataLoader(
             dataset,
@@ -140,3 +140,15 @@ class ChunkedLoader(DataLoader):
     def set_epoch(self, epoch: int) -> None:
         """Draw the order, and what the data set draws by itself, for this epoch."""
         self.batches.set_epoch(epoch)
+
+    def longest_chunk(self) -> Chunk | None:
+        """A chunk to measure memory with, of a loader that nobody reads: of those of the first batch the last, which
+        has the longest texts if they are sorted; None if no sample of that batch can be read.
+
+        No other chunk is loaded and no worker started, and ranks need not be in step.
+        """
+        for indices in reversed(self.plan.first_batch()):
+            chunk = self.collate([self.samples[index] for index in indices])
+            if chunk is not None:
+                return chunk
+        return None

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -50,6 +51,12 @@ class Plan(ABC):
     @abstractmethod
     def chunks(self) -> Iterator[list[Any]]:
         """Every chunk of this rank from batch `first` on, as a list of what the data set is indexed by."""
+
+    def first_batch(self) -> list[list[Any]]:
+        """The chunks of batch `first`, none if there is no such batch."""
+        chunks = self.chunks()
+        found = list(islice(chunks, 1))  # with which is known how many there are
+        return [*found, *islice(chunks, self.counts[self.first] - 1)] if found else []
 
     def cut(self, own: list[Any]) -> list[list[Any]]:
         """One rank's samples of one batch as chunks, by length where it is known."""

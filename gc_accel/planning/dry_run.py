@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gc_accel.chunking import Inputs, batch_size, call, named, split_streams
 from gc_accel.memory import LiveBytes
+from gc_accel.packing import Packed
 
 Rows = Mapping[Any, int]  # samples of each stream in one call of the encoder
 
@@ -119,11 +120,14 @@ class DryRun:
         if isinstance(inputs, Tensor):
             shape = (rows, *inputs.shape[1:]) if inputs.ndim else ()
             return torch.empty(shape, dtype=inputs.dtype, device=self.device)
+        if isinstance(inputs, Packed):
+            counts = tuple(inputs.counts[index % len(inputs.counts)] for index in range(rows))
+            return Packed(self._fake_inputs(inputs.rows, sum(counts)), counts)
         if isinstance(inputs, Mapping):
             return {key: self._fake_inputs(value, rows) for key, value in inputs.items()}
         if not isinstance(inputs, (list, tuple)):
             return inputs
-        if any(isinstance(value, (Tensor, Mapping)) for value in inputs):
+        if any(isinstance(value, (Tensor, Mapping, Packed)) for value in inputs):
             return type(inputs)(self._fake_inputs(value, rows) for value in inputs)
         return [inputs[index % len(inputs)] for index in range(rows)]
 

@@ -3,7 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -75,7 +75,7 @@ def plan(
     memory: int | None = None,
     *,
     chunk_size: int | None = None,
-    retain: Retain | None = None,
+    retain: Retain | Literal["auto"] | None = None,
     autocast: torch.dtype | None = None,
     device: torch.device | str | None = None,
     optimizer_copies: int = 2,
@@ -90,15 +90,15 @@ def plan(
         devices: number of processes, each with all weights.
         memory: bytes of one device; None: what the accelerator has, or what is free of the host's.
         chunk_size: None: the suggested one.
-        retain: None: as many graphs as fit.
+        retain: None or "auto": as many graphs as fit.
         autocast: dtype of mixed precision, such as `torch.bfloat16`.
         device: where the step will run; None: where the weights are, the CPU for those on "meta". For one that
             this machine does not have, such as "cuda", the CPU stands in, whose fused attention keeps as much.
         optimizer_copies: tensors of a weight's size that the optimizer keeps of it: 2 for Adam.
 
     Raises:
-        ValueError: sizes below 1; an encoder whose shapes depend on values; None for the memory of a device that
-            this machine does not have.
+        ValueError: sizes or memory below 1, another `retain`; an encoder whose shapes depend on values; None for
+            the memory of a device that this machine does not have.
 
     Example:
         >>> print(plan(encoder, collator([dataset[0]]), batch_size=4096, memory=24 * 2**30))
@@ -107,6 +107,10 @@ def plan(
         raise ValueError(
             f"expected sizes of at least 1, got a batch of {batch_size} on {devices} devices in chunks of {chunk_size}"
         )
+    if memory is not None and memory < 1:
+        raise ValueError(f"expected memory in bytes, at least 1, got {memory}")
+    if not (retain in (None, "all", "auto") or (isinstance(retain, int) and retain >= 0)):
+        raise ValueError(f'expected retain to be "all", "auto" or a number of chunks from 0, got {retain!r}')
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     place = _device_of(model) if device is None else torch.device(device)
     stand_in = place if torch.get_device_module(place).is_available() else torch.device("cpu")
@@ -116,7 +120,7 @@ def plan(
     best_size, best_retain = suggest(step, FILL * memory)
     best_peak = step.peak(best_size or 1, best_retain)
     size = chunk_size or best_size or 1
-    kept = most_retained(step, size, FILL * memory) if retain is None else retain
+    kept = most_retained(step, size, FILL * memory) if retain is None or retain == "auto" else retain
     return Plan(
         batch_size,
         devices,

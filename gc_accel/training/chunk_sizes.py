@@ -4,9 +4,8 @@ What the loader cuts stays the same for the whole run, and what the encoder sees
 are in the trainer's state, because random draws go by chunk: a run that is resumed has to cut like before.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
@@ -15,14 +14,16 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from gc_accel.chunk_size import PROBE, fit_chunk_size
+from gc_accel.chunk_size import fit_chunk_size
+from gc_accel.data import ChunkedLoader
 from gc_accel.distributed import Replicas
 from gc_accel.distributed.collectives import lowest
+from gc_accel.distributed.replicas import SHARDING
+from gc_accel.planning.dry_run import training
 from gc_accel.training.arguments import CachedContrastiveArguments
 
 KEY = "chunk_sizes"  # among the states of the callbacks, the part of the trainer's state that is free in form
-# Copies of the weights that train, which come after the measurement: Adam's two, and the buckets of a reduction.
-LATER_COPIES = 3
+SAMPLE = 16  # samples to measure with, which are repeated where more of them are needed
 logger = logging.get_logger(__name__)
 
 
@@ -43,13 +44,16 @@ class RunChunkSizes:
         args: CachedContrastiveArguments,
         accelerator: Accelerator,
         model: nn.Module,
-        open_loader: Callable[[int], Iterable[Any]],
+        open_loader: Callable[[int], ChunkedLoader],
     ) -> None:
-        """Take the size that is given, or measure with a chunk of the data, unless a checkpoint has said it.
+        """Take the size that is given, or measure with long texts of the data, unless a checkpoint has said it.
 
         Args:
             model: of the trainer, before it is prepared.
             open_loader: from a chunk size to a loader of batches.
+
+        Raises:
+            ValueError: parameters are sharded; no sample can be read, or not even one fits.
         """
         if args.chunk_size != "auto":
             if self.of_loader != int(args.chunk_size):
@@ -57,13 +61,23 @@ class RunChunkSizes:
             return
         if self.of_loader:
             return
-        sample = next(iter(next(iter(open_loader(PROBE)))))
+        if accelerator.distributed_type in SHARDING and args.world_size > 1:
+            raise ValueError("expected a number of samples for sharded parameters, got chunk_size='auto'")
+        sample = open_loader(SAMPLE).longest_chunk()
+        if not lowest([sample is not None], args.device)[0]:
+            raise ValueError(
+                "expected samples in the first batch of every process, got none that can be read"
+            )
         encoder = extract_model_from_parallel(model, keep_torch_compile=False)
-        reserved = LATER_COPIES * sum(each.nbytes for each in encoder.parameters() if each.requires_grad)
-        with accelerator.autocast():
-            found = fit_chunk_size(sample, Replicas(encoder, None), args.memory_budget, reserved=reserved)
-        found = min(found, args.per_device_train_batch_size)
-        self.of_loader = self.of_encoder = int(lowest([found], args.device)[0])
+        with training(encoder), accelerator.autocast():
+            self.of_loader = self.of_encoder = fit_chunk_size(
+                sample,
+                Replicas(encoder, None),
+                args.memory_budget,
+                most=args.per_device_train_batch_size,
+                forward_chunk_size=args.forward_chunk_size,
+                world_size=args.world_size,
+            )
         logger.warning("chunk_size='auto': chunks of %d samples.", self.of_loader)
 
     def note(self, chunk_sizes: Mapping[str, int], state: TrainerState) -> None:

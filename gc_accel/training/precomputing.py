@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,9 @@ def precompute(
     if not found:
         (other,) = encoder.streams.keys() - {part}
         loader = _Share(dataset.without(other), collator, accelerator, batch_size, num_workers)
-        _write(path, _tower(encoder, part, accelerator), loader, accelerator, progress)
+        # A tower that was frozen after it was built is in training mode until the first step.
+        with _evaluating(encoder):
+            _write(path, _tower(encoder, part, accelerator), loader, accelerator, progress)
     return PrecomputedDataset(dataset, part, path)
 
 
@@ -135,6 +138,18 @@ class _WithPositions:
     def __call__(self, items: Sequence[Any]) -> tuple[int, list[int], Any]:
         kept = [position for position, item in enumerate(items) if item is not None]
         return len(items), kept, self.collator(items)
+
+
+@contextmanager
+def _evaluating(encoder: DualEncoder) -> Iterator[None]:
+    """In eval mode; every part of it afterwards in the mode it had."""
+    modes = {module: module.training for module in encoder.modules()}
+    encoder.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _tower(encoder: DualEncoder, part: str, accelerator: Accelerator) -> Callable[[Any], Tensor]:
