@@ -127,7 +127,7 @@ class Steps:
         grads = {name: p.grad for name, p in self.parameters.items()}
         return Step(loss, {name: None if grad is None else grad / factor for name, grad in grads.items()})
 
-def encode(
+    def encode(
         self,
         calls: Iterable[Mapping[Any, Inputs]],
         by_samples: Sequence[int] = (),
