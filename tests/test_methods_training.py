@@ -129,6 +129,17 @@ def test_evaluation_changes_no_state(tmp_path, method):
     trainer.train()
 
 
+@pytest.mark.parametrize("method", LOSS_OF)
+def test_the_first_batch_can_be_checked_and_changes_nothing(tmp_path, capsys, method):
+    plain = make_trainer(tmp_path / "plain", method, max_steps=2)
+    plain.train()
+    checked = make_trainer(tmp_path / "checked", method, max_steps=2, check_equivalence=True)
+    checked.train()
+    assert "\nequal: largest error" in capsys.readouterr().out
+    for name, value in everything(plain).items():
+        assert torch.equal(everything(checked)[name], value), name
+
+
 def test_a_checkpoint_without_the_state_is_refused(tmp_path):
     make_trainer(tmp_path / "a", "simsiam", save_strategy="steps", save_steps=3).train()
     other = make_trainer(tmp_path / "b", "byol")

@@ -54,12 +54,12 @@ def in_loss(steps: Steps, direct: Step, allowed: float) -> list[Suspect]:
     """
     outputs = {name: output.clone().requires_grad_() for name, output in direct.outputs.items()}
     start = RngState.current(steps.cache.replicas.device)
-    loss = steps.loss(outputs)
+    loss = steps.loss(outputs, direct.taught)
     drew = not start.is_current()
     with torch.no_grad():
         steps.encode([{name: slice_inputs(part, 0, 2) for name, part in steps.parts.items()}])
     with start.replayed():
-        again = steps.loss(outputs)
+        again = steps.loss(outputs, direct.taught)
     found = [suspects.loss_draws()] if drew else []
     leaves, _ = leaves_and_nodes(loss)
     names = {parameter: name for name, parameter in steps.parameters.items()}

@@ -5,7 +5,8 @@ does not rest on the engine's passes, on its scaling, or on its reductions. Of t
 a loss is called on the representations of all ranks.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ from gc_accel.equivalence.graph import leaves_and_nodes
 from gc_accel.equivalence.joining import join
 from gc_accel.equivalence.state import State
 from gc_accel.gradient_cache import GradientCache
+from gc_accel.losses import AccumulatedLoss
 
 
 class WatchedCache(GradientCache):
@@ -56,6 +58,7 @@ class Step:
     loss: Tensor  # 0-d
     gradients: Gradients
     outputs: Named = field(default_factory=dict)
+    taught: Named | None = None  # outputs of a momentum encoder
     drew: bool = False  # random numbers
     changed: Sequence[str] = ()  # in the model
     nodes: frozenset[str] = frozenset()  # of the graph
@@ -116,9 +119,12 @@ class Steps:
         grads = {name: p.grad for name, p in self.parameters.items()}
         return Step(loss, {name: None if grad is None else grad / factor for name, grad in grads.items()})
 
-    def encode(self, calls: Iterable[Mapping[Any, Inputs]]) -> Named:
+    def encode(
+        self, calls: Iterable[Mapping[Any, Inputs]], encoder: Callable[..., Any] | None = None
+    ) -> Named:
         """Representations of all calls, the rows of the last one first, in float32 (float64 stays)."""
-        *others, last = [self._call(parts) for parts in calls]
+        encoder = self.cache.model if encoder is None else encoder
+        *others, last = [self._call(encoder, parts) for parts in calls]
         found: dict[Any, list[Tensor]] = {}
         for outputs in (last, *others):
             for name, output in outputs.items():
@@ -126,12 +132,24 @@ class Steps:
         shared = self.cache.global_names
         return {name: rows[0] if name in shared else torch.cat(rows) for name, rows in found.items()}
 
-    def loss(self, outputs: Named) -> Tensor:
+    def teach(self, calls: Iterable[Mapping[Any, Inputs]]) -> Named | None:
+        """What the momentum encoder makes of all calls, in the order of `encode`, if the loss has one."""
+        loss_fn, accelerator = self.cache.loss_fn, self.cache.replicas.accelerator
+        if not isinstance(loss_fn, AccumulatedLoss) or loss_fn.teacher is None:
+            return None
+        with nullcontext() if accelerator is None else accelerator.autocast():  # the encoder brings its own
+            return self.encode(calls, loss_fn.teacher)
+
+    def loss(self, outputs: Named, taught: Named | None) -> Tensor:
         """The loss of the global batch, 0-d; its gradient is this rank's share."""
         shared = {name: outputs[name] for name in self.cache.global_names}
         reps = {name: output for name, output in outputs.items() if name not in shared}
+        loss_fn: Any = self.cache.loss_fn
         with torch.autocast(self.cache.replicas.device.type, enabled=False):
-            loss = self.cache.replicas.global_loss(self.cache.loss_fn, reps, shared, self.all_kwargs)
+            if taught is None:
+                loss = self.cache.replicas.global_loss(loss_fn, reps, shared, self.all_kwargs)
+            else:
+                loss = loss_fn.in_one_graph(reps, taught)
         if loss.numel() != 1 or not loss.requires_grad:
             raise ValueError(f"expected a scalar loss of the representations, got {loss}")
         return loss.reshape(())
@@ -142,18 +160,19 @@ class Steps:
             self.cache.batch_norms.begin_step()
         outputs = self.encode(calls)
         drew, changed = not self.state.rng.is_current(), self.state.changed()
-        loss = self.loss(outputs)
+        taught = self.teach(calls)
+        loss = self.loss(outputs, taught)
         leaves, nodes = leaves_and_nodes(loss)
         self._add(leaves)
         self.state.take_gradients(self.parameters.values())
         loss.backward()
         gradients = {name: self._summed(parameter) for name, parameter in self.parameters.items()}
         outputs = {name: output.detach() for name, output in outputs.items()}
-        return Step(loss.detach(), gradients, outputs, drew, changed, nodes)
+        return Step(loss.detach(), gradients, outputs, taught, drew, changed, nodes)
 
-    def _call(self, parts: Mapping[Any, Inputs]) -> Named:
+    def _call(self, encoder: Callable[..., Any], parts: Mapping[Any, Inputs]) -> Named:
         inputs = send_to_device(parts.get(None, parts), self.cache.replicas.device)
-        outputs = named(call(self.cache.model, inputs))
+        outputs = named(call(encoder, inputs))
         return {name: out if out.dtype == torch.float64 else out.float() for name, out in outputs.items()}
 
     def _add(self, leaves: Iterable[Tensor]) -> None:

@@ -112,11 +112,22 @@ class AccumulatedLoss(StatefulLoss):
                 f"expected {type(self).__name__} in eval mode, where the encoder stands in for its momentum encoder, "
                 "got it in training mode: let GradientCache train with it, or call loss.eval() first"
             )
-        reps = dict(zip(reps, full_precision(*reps.values()), strict=True))
+        return self.in_one_graph(reps, reps)
+
+    def in_one_graph(self, reps: Reps, source: Reps) -> Tensor:
+        """The loss of the global batch, 0-d, with targets from the representations of a `source`.
+
+        Args:
+            reps: `(B, ...)` by name, of the encoder, for all samples of this rank.
+            source: likewise, of whom `targets_from` names; no gradient goes into them.
+        """
+        reps, source = (
+            dict(zip(each, full_precision(*each.values()), strict=True)) for each in (reps, source)
+        )
         first = next(iter(reps.values()))
         batch = RankedBatch(len(first), first.device, self.process_group)
         with torch.no_grad():
-            targets = self.targets({name: rep.detach() for name, rep in reps.items()}, batch)
+            targets = self.targets({name: rep.detach() for name, rep in source.items()}, batch)
         return batch.sum(self.per_sample(reps, targets, slice(0, len(first))).sum() / batch.total)
 
 
