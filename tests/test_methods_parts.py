@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gc_accel import GradientCache
 from gc_accel.distributed import RankedBatch
@@ -191,6 +192,27 @@ class TestMomentumEncoder:
         with pytest.raises(ValueError, match=r"before accelerator\.prepare"):
             MomentumEncoder(prepared)
         forget_accelerators()
+
+
+def following_step(rank):
+    """A forward on this rank's own samples; statistics of the encoder, and the state of its momentum encoder."""
+    torch.manual_seed(0)
+    encoder = WithBuffers()
+    teacher = MomentumEncoder(encoder, momentum=0.9)
+    replica = DistributedDataParallel(encoder.train())
+    for step in range(2):
+        replica(torch.randn(4, 3, generator=torch.Generator().manual_seed(2 * step + rank)))
+        teacher.update(replica)
+    return encoder.norm.running_mean, teacher.state_dict()
+
+
+def test_momentum_encoders_of_all_ranks_have_the_same_statistics(tmp_path):
+    (own, first), (others, second) = run_on_ranks(following_step, 2, tmp_path)
+    assert not torch.equal(own, others), "each rank has its own until the next forward"
+    for name, value in first.items():
+        assert torch.equal(second[name], value), name
+    assert first["encoder.norm.running_mean"].norm() > 0
+    assert int(first["encoder.norm.num_batches_tracked"]) == 2
 
 
 class TestSinkhorn:

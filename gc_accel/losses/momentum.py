@@ -10,9 +10,11 @@ import math
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
+from gc_accel.distributed import world_size
 from gc_accel.losses.inputs import check_option
 
 Schedule = Literal["constant", "cosine"]
@@ -68,7 +70,8 @@ class MomentumEncoder(nn.Module):
     def update(self, encoder: nn.Module, *, progress: float = 0.0) -> None:
         """Follow the encoder by one step; once after each step of the optimizer.
 
-        Averages of floating-point buffers are followed too, other buffers are copied.
+        Averages of floating-point buffers are followed too, other buffers are copied; on several ranks they are
+        those of rank 0 everywhere, so all ranks call this.
 
         Args:
             encoder: the one that was copied, prepared or not.
@@ -84,3 +87,6 @@ class MomentumEncoder(nn.Module):
                 mine.lerp_(theirs, share)
             else:
                 mine.copy_(theirs)
+        # Statistics of BatchNorm are each rank's own until DDP's next forward, which takes those of rank 0.
+        for buffer in self.encoder.buffers() if world_size() > 1 else ():
+            dist.broadcast(buffer, src=0)
