@@ -180,6 +180,13 @@ class TestMomentumEncoder:
             encoder.layer.weight.zero_()
         assert teacher.encoder.layer.weight.norm() > 0
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_refuses_half_precision_in_which_an_average_stands_still(self, dtype):
+        mine = torch.ones(4, dtype=dtype)
+        assert torch.equal(mine.clone().lerp_(1.05 * mine, 0.004), mine)
+        with pytest.raises(ValueError, match=rf"in float32, .*got {dtype}: load .*bf16=True"):
+            MomentumEncoder(WithBuffers().to(dtype))
+
     def test_refuses_what_it_cannot_copy_or_follow(self):
         for options, match in (
             ({"momentum": 1.1}, "momentum from 0 to 1"),

@@ -32,7 +32,8 @@ class MomentumEncoder(nn.Module):
         schedule: "cosine" lets m rise to 1 over the training, as BYOL and MoCo v3 do; "constant" as MoCo v2.
 
     Raises:
-        ValueError: for other options, and for an encoder whose forward accelerate has replaced.
+        ValueError: for other options, for an encoder whose forward accelerate has replaced, and for one in half
+            precision.
 
     Example:
         >>> teacher = MomentumEncoder(encoder, momentum=0.99)
@@ -52,6 +53,13 @@ class MomentumEncoder(nn.Module):
             raise ValueError(
                 "expected an encoder before accelerator.prepare, got one whose forward it has replaced: make the "
                 "momentum encoder first"
+            )
+        weights = [p for p in encoder.parameters() if p.is_floating_point()]
+        if half := {weight.dtype for weight in weights if torch.finfo(weight.dtype).bits < 32}:
+            # Of a weight w they know steps of w/256 (bfloat16), and a step of the average is often smaller.
+            raise ValueError(
+                f"expected an encoder in float32, as an average stands still in half precision, got {half.pop()}: load "
+                "the model in float32, and train under autocast (bf16=True) to compute in half precision"
             )
         self.momentum, self.schedule = momentum, schedule
         self.encoder: Any = copy.deepcopy(encoder).requires_grad_(False)
