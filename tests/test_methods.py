@@ -10,13 +10,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gc_accel import GradientCache, check_equivalence
 from gc_accel.encoders import FullBatchHead
+from gc_accel.losses import LOSSES as NAMED
 from gc_accel.losses import (
     AccumulatedLoss,
     BYOLLoss,
+    DistillationLoss,
     MoCoLoss,
     MomentumEncoder,
     NNCLRLoss,
     NTXentLoss,
+    RetrievalLoss,
     SimSiamLoss,
     SwAVLoss,
 )
@@ -180,6 +183,15 @@ def test_a_regime_is_declared(method):
     regimes = {"simsiam": "C", "byol": "C", "moco v2": "C", "moco v3": "B", "nnclr": "A"}
     assert loss.regime == regimes.get(method, "B")
     assert isinstance(loss, AccumulatedLoss) == (loss.regime != "A")
+
+
+def test_every_loss_says_its_regime():
+    made = {name: kind() for name, kind in NAMED.items()} | {"moco v2": MoCoLoss(queue_size=QUEUE)}
+    others = {"swav": "B", "moco": "B", "moco v2": "C", "byol": "C", "simsiam": "C"}
+    assert {name: loss.regime for name, loss in made.items()} == dict.fromkeys(NAMED, "A") | others
+    assert DistillationLoss.regime == RetrievalLoss.regime == "A"
+    for name, loss in made.items():
+        assert isinstance(loss, AccumulatedLoss) == (loss.regime != "A"), name
 
 
 @pytest.mark.parametrize("method", LOSSES)

@@ -10,7 +10,7 @@ with respect to what this rank handed in. How those become gradients of weights:
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -148,4 +148,9 @@ class GlobalLoss(nn.Module):
 
     It takes one rank's representations, returns the loss of the global batch on every rank, and leaves on
     each rank the derivative of that loss with respect to what this rank handed in.
+
+    Attributes:
+        regime: where samples meet, and so how much of a cache an exact step needs (`losses/accumulated.py`).
     """
+
+    regime: Literal["A", "B", "C"] = "A"

@@ -27,7 +27,6 @@ from gc_accel.losses.inputs import full_precision
 from gc_accel.losses.momentum import MomentumEncoder
 
 Reps = Mapping[str, Tensor]
-Regime = Literal["A", "B", "C"]
 
 
 class StatefulLoss(GlobalLoss):
@@ -36,8 +35,6 @@ class StatefulLoss(GlobalLoss):
     Args:
         process_group: ranks whose batches make up the global batch; None is the default group.
     """
-
-    regime: Regime = "A"
 
     def __init__(self, *, process_group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
@@ -66,7 +63,7 @@ class AccumulatedLoss(StatefulLoss):
     term is taken: the "teacher"'s, the "encoder"'s own, or nobody's.
     """
 
-    regime: Regime = "C"
+    regime: Literal["A", "B", "C"] = "C"
     targets_from: ClassVar[Literal["teacher", "encoder"] | None] = None
 
     def __init__(
