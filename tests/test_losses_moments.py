@@ -157,7 +157,13 @@ def test_hsic_features_stay_or_are_drawn_anew():
     assert not torch.equal(HSICLoss(seed=1)(views), fixed(views))
     first, second = anew(views), anew(views)
     assert not torch.equal(first, second)
-    assert torch.equal(torch.stack([again(views), again(views)]), torch.stack([first, second]))
+    again(views)
+    assert torch.equal(again.eval()(views), second)
+    assert torch.equal(again.train()(views), second), "evaluation draws nothing"
+    resumed = HSICLoss(redraw=True)
+    resumed.load_state_dict(again.state_dict())
+    assert torch.equal(resumed(views), anew(views))
+    assert not fixed.state_dict()
 
 
 def test_hsic_gradient_is_the_derivative_of_the_value():

@@ -8,7 +8,16 @@ from safetensors.torch import load_file
 
 from gc_accel import CachedContrastiveArguments, CachedContrastiveTrainer
 from gc_accel.data import HandwrittenDigits, MultiViewDataset, ViewsCollator, simclr_transform
-from gc_accel.losses import LOSSES, BYOLLoss, MoCoLoss, MomentumEncoder, NNCLRLoss, SimSiamLoss, SwAVLoss
+from gc_accel.losses import (
+    LOSSES,
+    BYOLLoss,
+    HSICLoss,
+    MoCoLoss,
+    MomentumEncoder,
+    NNCLRLoss,
+    SimSiamLoss,
+    SwAVLoss,
+)
 from gc_accel.training.loss_state import FILE
 from tests.test_vision_encoder import BACKBONES, IMAGE, VisionEncoder
 
@@ -21,13 +30,14 @@ LOSS_OF = {
         queue_size=QUEUE, dim=DIM, teacher=MomentumEncoder(encoder, momentum=0.9)
     ),
     "nnclr": lambda encoder: NNCLRLoss(queue_size=QUEUE, dim=DIM),
+    "hsic": lambda encoder: HSICLoss(features=16, redraw=True),
     "swav": lambda encoder: SwAVLoss(queue_size=QUEUE, dim=DIM, prototypes=encoder.further["scores"]),
 }
 
 
 def make_encoder(method):
     torch.manual_seed(1)
-    heads = {"prototypes": 4} if method == "swav" else {"predictor": 8}
+    heads = {"swav": {"prototypes": 4}, "hsic": {}}.get(method, {"predictor": 8})
     vit = BACKBONES["vit"](hidden_dropout_prob=0.2)  # so that the generators count as well
     return VisionEncoder(vit, projection_dim=DIM, image_mean=(0.5,) * 3, image_std=(0.5,) * 3, **heads)
 
@@ -73,11 +83,11 @@ def test_resume_in_the_middle_of_an_epoch_is_exact(tmp_path, method):
     assert {name.split(".")[0] for name in moved} == (
         {"encoder"} if method == "simsiam" else {"encoder", "loss"}
     )
-    assert any(name.startswith("encoder.further") for name in moved)
+    assert any(name.startswith("encoder.further") for name in moved) == (method != "hsic")
     assert (checkpoint / FILE).exists() == (method != "simsiam")
 
 
-@pytest.mark.parametrize("method", ["byol", "moco", "nnclr", "swav"])
+@pytest.mark.parametrize("method", ["byol", "moco", "nnclr", "swav", "hsic"])
 def test_a_state_that_stays_behind_would_be_seen(tmp_path, method, monkeypatch):
     whole = make_trainer(tmp_path / "whole", method, save_strategy="steps", save_steps=3)
     whole.train()

@@ -34,9 +34,11 @@ class HSICLoss(GlobalLoss):
         features: F.
         scale: c, above 0.
         seed: of the random features.
-        redraw: draw new features at every call, the same sequence on all ranks.
+        redraw: draw new features at every call in training mode, the same sequence on all ranks.
         process_group: ranks whose batches make up the global batch; None is the default group.
     """
+
+    draws: Tensor
 
     def __init__(
         self,
@@ -59,7 +61,8 @@ class HSICLoss(GlobalLoss):
         self.seed = seed
         self.redraw = redraw
         self.process_group = process_group
-        self.generator = torch.Generator().manual_seed(seed)
+        # A count beside the seed, in checkpoints, so that a resumed run draws on where it stood.
+        self.register_buffer("draws", torch.zeros((), dtype=torch.long), persistent=redraw)
 
     def forward(self, views: Tensor, labels: Tensor | None = None) -> Tensor:
         """The loss of the global batch, 0-d.
@@ -72,9 +75,10 @@ class HSICLoss(GlobalLoss):
             ValueError: for another shape, and for a global batch of a single sample.
         """
         views, batch = sample_views(self, views)
-        if not self.redraw:
-            self.generator.manual_seed(self.seed)
-        first, second = (random_features(views, self.generator, self.features, self.scale) for _ in range(2))
+        generator = torch.Generator().manual_seed(self.seed + (int(self.draws) if self.redraw else 0))
+        first, second = (random_features(views, generator, self.features, self.scale) for _ in range(2))
+        if self.redraw and self.training:
+            self.draws += 1
         count, rows = views.shape[1], batch.total * views.shape[1]
         mean = batch.sum(first.sum((0, 1))) / rows
         together = batch.sum(first.sum(1).square().sum()) / (rows * (count - 1))
