@@ -150,6 +150,18 @@ def test_the_first_batch_can_be_checked_and_changes_nothing(tmp_path, capsys, me
         assert torch.equal(everything(checked)[name], value), name
 
 
+@pytest.mark.parametrize("method", ["simsiam", "hsic"])
+def test_evaluation_on_the_way_changes_no_training(tmp_path, method):
+    plain = make_trainer(tmp_path / "plain", method, max_steps=3)
+    plain.train()
+    assert any(type(module) is torch.nn.Dropout and module.p > 0 for module in plain.encoder.modules())
+    watched = make_trainer(tmp_path / "watched", method, max_steps=3, eval_strategy="steps", eval_steps=1)
+    watched.train()
+    assert sum("eval_loss" in entry for entry in watched.state.log_history) == 3
+    for name, value in everything(plain).items():
+        assert torch.equal(everything(watched)[name], value), name
+
+
 def test_a_checkpoint_without_the_state_is_refused(tmp_path):
     make_trainer(tmp_path / "a", "simsiam", save_strategy="steps", save_steps=3).train()
     other = make_trainer(tmp_path / "b", "byol")

@@ -228,6 +228,7 @@ class CachedContrastiveTrainer(Trainer):
             batch_size=self.args.eval_batch_size,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
+            generator=torch.Generator(),  # of the workers' seed, apart from the one that dropout uses
         )
 
     @torch.no_grad()
