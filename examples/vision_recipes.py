@@ -4,6 +4,8 @@
     encoder        what the loss wants of `VisionEncoder`: a predictor, prototypes, rows that are not normalised
     loss           further options; a queue of 0 is one that can be asked for
     momentum       of the momentum encoder, for those that have one; papers have more of it, over far more steps
+    schedule       of that momentum
+    kind           its name in `gc_accel.losses.LOSSES`, if that is another
 
 Views are drawn by the transform.
 """
@@ -17,6 +19,7 @@ from gc_accel.command_line import option
 from gc_accel.data import simclr_transform, supcon_transform
 from gc_accel.data.transforms import MultiView
 from gc_accel.losses import LOSSES, MomentumEncoder
+from gc_accel.losses.momentum import Schedule
 
 
 class Recipe(NamedTuple):
@@ -26,16 +29,18 @@ class Recipe(NamedTuple):
     encoder: Mapping[str, Any] = {}
     loss: Mapping[str, Any] = {}
     momentum: float | None = None
+    schedule: Schedule = "cosine"
     transform: Callable[..., MultiView] = simclr_transform
     views: int = 2
     needs_labels: bool = False
     exits: tuple[str, ...] = ()  # of the built-in model
+    kind: str | None = None
 
 
 RAW = {"normalize": False}
 PREDICTOR = {"head": "norm_mlp", "predictor": 512}
 
-RECIPES = {  # by the names of gc_accel.losses.LOSSES
+RECIPES = {
     "simclr": Recipe(0.2),
     "supcon": Recipe(0.1, transform=supcon_transform, needs_labels=True),
     "selfcon": Recipe(0.1, transform=supcon_transform, needs_labels=True, views=1, exits=("2",)),
@@ -47,7 +52,8 @@ RECIPES = {  # by the names of gc_accel.losses.LOSSES
     "vicreg": Recipe(encoder=RAW),
     "swav": Recipe(0.1, encoder={"prototypes": 64}, loss={"queue_size": 0}),
     "nnclr": Recipe(0.1, encoder=PREDICTOR, loss={"queue_size": 1024}),
-    "moco": Recipe(0.2, encoder=PREDICTOR, loss={"queue_size": 0}, momentum=0.99),
+    "moco": Recipe(0.2, encoder=PREDICTOR, momentum=0.99),  # v3
+    "moco_v2": Recipe(0.2, loss={"queue_size": 1024}, momentum=0.99, schedule="constant", kind="moco"),
     "byol": Recipe(encoder=PREDICTOR, momentum=0.99),
     "simsiam": Recipe(encoder=PREDICTOR),
 }
@@ -59,7 +65,7 @@ class LossArguments:
 
     loss: str = option("simclr", "The loss.", choices=list(RECIPES))
     temperature: float | None = option(None, "Of the loss, if it has one; by default the recipe's.")
-    queue_size: int | None = option(None, "Rows of the queue of NNCLR, MoCo (v2; v3 has none) and SwAV.")
+    queue_size: int | None = option(None, "Rows of the queue of NNCLR, MoCo v2 and SwAV.")
     momentum: float | None = option(None, "Of the momentum encoder of BYOL and MoCo.")
 
 
@@ -67,7 +73,7 @@ def make_loss(args: LossArguments, encoder: VisionEncoder) -> Any:
     """The loss by its recipe, around the encoder's prototypes, or a momentum encoder of it.
 
     Raises:
-        ValueError: a flag is for other losses.
+        ValueError: a flag is for other losses, or takes away the queue that the loss needs.
     """
     recipe = RECIPES[args.loss]
     options: dict[str, Any] = dict(recipe.loss)
@@ -82,9 +88,14 @@ def make_loss(args: LossArguments, encoder: VisionEncoder) -> Any:
             raise ValueError(f"expected no --{name} for --loss {args.loss}, which has none, got {asked}")
         if default is not None:
             options[name] = default if asked is None else asked
+    if recipe.loss.get("queue_size") and options["queue_size"] < 1:
+        raise ValueError(
+            f"expected a --queue_size of at least 1 for --loss {args.loss}, got {args.queue_size}: leave it out"
+        )
     if recipe.momentum is not None:
-        options["teacher"] = MomentumEncoder(encoder, momentum=options.pop("momentum"))
+        following: dict[str, Any] = {"momentum": options.pop("momentum"), "schedule": recipe.schedule}
+        options["teacher"] = MomentumEncoder(encoder, **following)
     if options.get("queue_size"):
         options["dim"] = encoder.options["projection_dim"]
         options |= {"prototypes": encoder.further["scores"]} if args.loss == "swav" else {}
-    return LOSSES[args.loss](**options)
+    return LOSSES[recipe.kind or args.loss](**options)

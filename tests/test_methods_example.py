@@ -44,10 +44,14 @@ def make(examples, loss, **flags):
 
 def test_every_vision_loss_has_a_recipe(examples):
     _, recipes = examples
-    assert set(recipes.RECIPES) == set(LOSSES) - {"clip", "siglip", "dclw"}
+    kinds = {recipe.kind or name for name, recipe in recipes.RECIPES.items()}
+    assert kinds == set(LOSSES) - {"clip", "siglip", "dclw"}
+    assert set(recipes.RECIPES) == kinds | {"moco_v2"}
 
 
-@pytest.mark.parametrize("loss", [name for name in LOSSES if name not in ("clip", "siglip", "dclw")])
+@pytest.mark.parametrize(
+    "loss", [name for name in [*LOSSES, "moco_v2"] if name not in ("clip", "siglip", "dclw")]
+)
 def test_a_recipe_trains(examples, loss):
     encoder, made, batch = make(examples, loss)
     before = {name: p.detach().clone() for name, p in encoder.named_parameters()}
@@ -62,7 +66,7 @@ def test_a_recipe_trains(examples, loss):
     assert not still
 
 
-@pytest.mark.parametrize(("loss", "size"), [("swav", 4), ("moco", 4), ("nnclr", 4)])
+@pytest.mark.parametrize(("loss", "size"), [("swav", 4), ("moco_v2", 4), ("nnclr", 4)])
 def test_a_queue_can_be_asked_for(examples, loss, size):
     encoder, made, batch = make(examples, loss, queue_size=size)
     assert len(made.queue.rows) == size
@@ -72,9 +76,30 @@ def test_a_queue_can_be_asked_for(examples, loss, size):
     assert made.queue.is_full
 
 
+@pytest.mark.parametrize("loss", ["moco_v2", "nnclr"])
+def test_a_loss_that_needs_its_queue_keeps_it(examples, loss):
+    with pytest.raises(ValueError, match=f"--queue_size of at least 1 for --loss {loss}, got 0"):
+        make(examples, loss, queue_size=0)
+
+
+@pytest.mark.parametrize(("loss", "schedule"), [("moco", "cosine"), ("moco_v2", "constant")])
+def test_moco_of_a_paper_has_its_queries_and_its_momentum(examples, loss, schedule):
+    encoder, made, batch = make(examples, loss)
+    assert made.teacher.schedule == schedule
+    outputs = encoder(views={"pixel_values": batch["pixel_values"]})
+    assert set(outputs) == ({"views"} if loss == "moco_v2" else {"views", "predictions"})
+    assert (made.queue is not None) == (loss == "moco_v2")
+    assert made.regime == ("C" if loss == "moco_v2" else "B")
+
+
 @pytest.mark.parametrize(
     ("loss", "flags"),
-    [("simclr", {"momentum": 0.9}), ("byol", {"temperature": 0.1}), ("simsiam", {"queue_size": 3})],
+    [
+        ("simclr", {"momentum": 0.9}),
+        ("byol", {"temperature": 0.1}),
+        ("simsiam", {"queue_size": 3}),
+        ("moco", {"queue_size": 3}),
+    ],
 )
 def test_flags_without_a_use_are_refused(examples, loss, flags):
     with pytest.raises(ValueError, match=f"expected no --{next(iter(flags))} for --loss {loss}"):
