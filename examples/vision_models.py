@@ -95,6 +95,10 @@ def load_encoder(
 ) -> VisionEncoder:
     """The model behind its heads; `exits` are those of the built-in model, `wanted` the options of a recipe."""
     built_in = args.model is None
+    # Said outright, because the folder of a run by another method brings options of its own.
+    unless_wanted = {"predictor": None, "prototypes": None, "normalize": True} | (
+        {} if exits else {"exits": ()}
+    )
     asked = {
         "pooling": args.pooling,
         "head": args.head,
@@ -103,7 +107,8 @@ def load_encoder(
         "prototypes": args.prototypes,
         "exits": args.exits or (exits if built_in else None),
     }
-    options = dict(wanted) | {name: value for name, value in asked.items() if value is not None}
+    options: dict[str, Any] = unless_wanted | dict(wanted)
+    options |= {name: value for name, value in asked.items() if value is not None}
     options |= {"image_mean": pixels.mean, "image_std": pixels.std, "freeze_backbone": args.freeze_backbone}
     if args.model is None or args.from_scratch:
         encoder = VisionEncoder(fresh_backbone(args.model), **options)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from gc_accel import GradientCache
 from gc_accel.losses import LOSSES
 from tests.launching import ROOT, launch, metrics
+from tests.test_vision_examples import save_vit
 
 BATCH = ["--per_device_train_batch_size", "128", "--chunk_size", "48", "--projection_dim", "16"]
 SHORT = ["--max_steps", "3", "--use_cpu", "--eval_strategy", "no", "--save_steps", "2"]
@@ -27,12 +28,12 @@ def examples(monkeypatch):
         del sys.modules[name]
 
 
-def make(examples, loss, **flags):
+def make(examples, loss, *, model=None, seed=0, **flags):
     """An encoder and a loss, and a batch for them."""
     models, recipes = examples
     recipe = recipes.RECIPES[loss]
-    args = models.ModelArguments(projection_dim=8)
-    torch.manual_seed(0)
+    args = models.ModelArguments(projection_dim=8, **(model or {}))
+    torch.manual_seed(seed)
     encoder = models.load_encoder(args, models.pixels_of(None, 16), recipe.exits, recipe.encoder)
     made = recipes.make_loss(recipes.LossArguments(loss=loss, **flags), encoder)
     batch = {
@@ -64,6 +65,39 @@ def test_a_recipe_trains(examples, loss):
     assert all(math.isfinite(value) for value in values)
     still = [name for name, p in encoder.named_parameters() if torch.equal(p, before[name])]
     assert not still
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kept"),
+    [
+        ("simclr", "byol", set()),  # with LayerNorm in the head
+        ("byol", "moco", {"heads", "further"}),
+        ("byol", "simclr", {"heads"}),
+        ("simclr", "swav", {"heads"}),
+        ("swav", "simclr", {"heads"}),
+        ("spectral", "simclr", {"heads"}),
+        ("selfcon", "byol", set()),
+    ],
+)
+def test_a_run_by_one_method_is_a_model_for_another(tmp_path, examples, caplog, before, after, kept):
+    save_vit(tmp_path / "vit")
+    exits = {"exits": ["layers.0"]} if before == "selfcon" else {}
+    first, _, _ = make(examples, before, model={"model": str(tmp_path / "vit"), **exits})
+    first.save_pretrained(tmp_path / "run")
+    with caplog.at_level("WARNING"):
+        encoder, loss, batch = make(examples, after, model={"model": str(tmp_path / "run")}, seed=1)
+    old, new = first.state_dict(), {name: p for name, p in encoder.named_parameters() if p.ndim > 1}
+    same = {name for name, value in new.items() if name in old and torch.equal(value, old[name])}
+    loaded = {"backbone"} | kept
+    assert same == {name for name in new if name.partition(".")[0] in loaded}
+    others = {name.partition(".")[0] for name in new} - loaded
+    assert caplog.text.count("which are new") == len(others)
+    fresh, _, _ = make(examples, after)
+    assert encoder.normalize == fresh.normalize
+    assert math.isfinite(GradientCache(encoder, loss, 4).forward_backward(batch))
+    if others:  # but a checkpoint of another method is not one to resume from
+        with pytest.raises((RuntimeError, FileNotFoundError)):
+            encoder.load_pretrained(tmp_path / "run")
 
 
 @pytest.mark.parametrize(("loss", "size"), [("swav", 4), ("moco_v2", 4), ("nnclr", 4)])

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from gc_accel.encoders.backbones import open_backbone
 from gc_accel.encoders.checkpointing import Checkpointing
@@ -28,6 +29,8 @@ from gc_accel.encoders.resolutions import encode_views
 
 CONFIG, WEIGHTS = "vision_encoder.json", "model.safetensors"
 HEADS = {"heads": "head.safetensors", "further": "further.safetensors"}  # beside the backbone's file
+TITLES = {"heads": "projection heads", "further": "predictor or prototypes"}
+logger = logging.get_logger(__name__)
 
 
 class VisionEncoder(Checkpointing, nn.Module):
@@ -123,7 +126,8 @@ class VisionEncoder(Checkpointing, nn.Module):
 
         Args:
             name_or_path: of transformers; or "timm/<name>", "hf-hub:timm/<name>". From a folder that
-                `save_pretrained` wrote for a model of transformers, heads and options come along.
+                `save_pretrained` wrote for a model of transformers, options come along, and the heads that fit
+                them; those that do not, as of another method, are new, and a warning says so.
             backbone_options: for `AutoModel.from_pretrained` or `timm.create_model`.
             options: of the constructor. A pooler that the checkpoint does not bring is not the default.
         """
@@ -131,7 +135,7 @@ class VisionEncoder(Checkpointing, nn.Module):
         config = Path(name_or_path) / CONFIG
         if config.is_file():
             encoder = cls(backbone, **(json.loads(config.read_text()) | options))
-            encoder._load_heads(config.parent)
+            encoder._load_heads_that_fit(config.parent)
             return encoder
         return cls(backbone, **(({"pooling": "cls"} if pooler_is_new else {}) | options))
 
@@ -215,7 +219,22 @@ class VisionEncoder(Checkpointing, nn.Module):
             if len(own):
                 own.load_state_dict(load_file(directory / file))
 
+    def _load_heads_that_fit(self, directory: Path) -> None:
+        for part, file in HEADS.items():
+            own, path = getattr(self, part), directory / file
+            saved = load_file(path) if path.is_file() else {}
+            if _shapes(saved) == _shapes(own.state_dict()):
+                own.load_state_dict(saved)
+            elif list(own.parameters()):
+                logger.warning(
+                    "There is nothing in %s that fits the %s asked for, which are new.", path, TITLES[part]
+                )
+
     def _represent(self, pixels: Tensor) -> Tensor:
         """Images `(N, 3, H, W)` to projections `(N, E + 1, D)`."""
         features = self.reader(self.backbone, self.normalise_pixels(pixels))
         return torch.stack([head(each) for head, each in zip(self.heads, features, strict=True)], dim=1)
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in state.items()}
