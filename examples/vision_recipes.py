@@ -96,6 +96,6 @@ def make_loss(args: LossArguments, encoder: VisionEncoder) -> Any:
         following: dict[str, Any] = {"momentum": options.pop("momentum"), "schedule": recipe.schedule}
         options["teacher"] = MomentumEncoder(encoder, **following)
     if options.get("queue_size"):
-        options["dim"] = encoder.options["projection_dim"]
+        options["dim"] = encoder.dim
         options |= {"prototypes": encoder.further["scores"]} if args.loss == "swav" else {}
     return LOSSES[recipe.kind or args.loss](**options)

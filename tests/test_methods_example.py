@@ -100,11 +100,12 @@ def test_a_run_by_one_method_is_a_model_for_another(tmp_path, examples, caplog, 
             encoder.load_pretrained(tmp_path / "run")
 
 
+@pytest.mark.parametrize("head", [None, "none"])
 @pytest.mark.parametrize(("loss", "size"), [("swav", 4), ("moco_v2", 4), ("nnclr", 4)])
-def test_a_queue_can_be_asked_for(examples, loss, size):
-    encoder, made, batch = make(examples, loss, queue_size=size)
+def test_a_queue_can_be_asked_for(examples, loss, size, head):
+    encoder, made, batch = make(examples, loss, queue_size=size, model={"head": head})
     assert len(made.queue.rows) == size
-    assert made.queue.rows.shape[-1] == 8
+    assert made.queue.rows.shape[-1] == encoder.dim == (8 if head is None else 128)
     for _ in range(2):
         GradientCache(encoder, made, 4).forward_backward(batch)
     assert made.queue.is_full

@@ -56,6 +56,9 @@ class VisionEncoder(Checkpointing, nn.Module):
         freeze_backbone: train the heads alone. What is frozen otherwise, by the caller, stays frozen too, and
             every module without a parameter that trains stays in eval mode.
 
+    Attributes:
+        dim: D, which is F without a head.
+
     Raises:
         ValueError: the backbone's outputs do not allow the pooling or an exit; features of different widths
             come without a head.
@@ -95,8 +98,8 @@ class VisionEncoder(Checkpointing, nn.Module):
             raise ValueError(f"expected a head for features of different widths, got 'none' for {widths}")
         weight = next(backbone.parameters())
         self.heads = nn.ModuleList(projection_head(head, f, hidden_dim, projection_dim) for f in widths)
-        dim = widths[-1] if head == "none" else projection_dim
-        self.further = further_heads(dim, predictor, prototypes)
+        self.dim = widths[-1] if head == "none" else projection_dim
+        self.further = further_heads(self.dim, predictor, prototypes)
         for heads in (self.heads, self.further):
             heads.to(weight.device, weight.dtype)
         if freeze_backbone:
