@@ -93,8 +93,17 @@ def fresh_backbone(model: str | None) -> nn.Module:
 def load_encoder(
     args: ModelArguments, pixels: Pixels, exits: Sequence[str], wanted: Mapping[str, Any]
 ) -> VisionEncoder:
-    """The model behind its heads; `exits` are those of the built-in model, `wanted` the options of a recipe."""
+    """The model behind its heads; `exits` are those of the built-in model, `wanted` the options of a recipe.
+
+    Raises:
+        ValueError: a predictor or prototypes are asked for, and the recipe has none.
+    """
     built_in = args.model is None
+    for name in ("predictor", "prototypes"):
+        if getattr(args, name) is not None and name not in wanted:
+            raise ValueError(
+                f"expected no --{name} for a --loss that has none, got {getattr(args, name)}: leave it out"
+            )
     # Said outright, because the folder of a run by another method brings options of its own.
     unless_wanted = {"predictor": None, "prototypes": None, "normalize": True} | (
         {} if exits else {"exits": ()}

@@ -436,7 +436,9 @@ class TestBadInput:
 
     def test_no_predictor_and_no_prototypes(self):
         encoder = encoder_of("vit")
-        for loss, name in ((SimSiamLoss(), "predictor"), (SwAVLoss(), "prototypes")):
+        nnclr = NNCLRLoss(queue_size=3, dim=DIM).double()
+        losses = ((SimSiamLoss(), "predictor"), (nnclr, "predictor"), (SwAVLoss(), "prototypes"))
+        for loss, name in losses:
             with pytest.raises(ValueError, match=rf"VisionEncoder\(..., {name}=...\)"):
                 GradientCache(encoder, loss).forward_backward(batch_of())
 

@@ -141,6 +141,15 @@ def test_flags_without_a_use_are_refused(examples, loss, flags):
         make(examples, loss, **flags)
 
 
+@pytest.mark.parametrize(
+    ("loss", "heads"),
+    [("simclr", {"predictor": 16}), ("moco_v2", {"predictor": 16}), ("byol", {"prototypes": 4})],
+)
+def test_heads_without_a_use_are_refused(examples, loss, heads):
+    with pytest.raises(ValueError, match=f"expected no --{next(iter(heads))} for a --loss that has none"):
+        make(examples, loss, model=heads)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "options", "config"),

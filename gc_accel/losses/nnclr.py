@@ -3,7 +3,7 @@
 import torch.distributed as dist
 from torch import Tensor
 
-from gc_accel.losses.accumulated import Reps, StatefulLoss
+from gc_accel.losses.accumulated import Reps, StatefulLoss, output_of
 from gc_accel.losses.inputs import check_views, full_precision, sample_views
 from gc_accel.losses.queue import Queue
 from gc_accel.losses.streaming import logsumexp_over_pairs
@@ -43,17 +43,21 @@ class NNCLRLoss(StatefulLoss):
         self.tile_budget = tile_budget
         self.queue = Queue(queue_size, dim)
 
-    def forward(self, views: Tensor, predictions: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, views: Tensor, predictions: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
         """The loss of the global batch, 0-d.
 
         Args:
             views: `(B, 2, D)`, L2-normalised, of this rank.
-            predictions: `(B, 2, D)`, likewise.
+            predictions: `(B, 2, D)`, likewise; an encoder without a predictor has none.
             labels: not looked at, so that a labelled data set can be used as it is.
 
         Raises:
-            ValueError: for other shapes, and for a global batch of a single sample.
+            ValueError: for other shapes, without predictions, and for a global batch of a single sample.
         """
+        reps = {"views": views} | ({} if predictions is None else {"predictions": predictions})
+        predictions = output_of(reps, "predictions", "predictor")
         check_views(predictions, at_least=2, at_most=2)
         views, batch = sample_views(self, views, at_most=2)
         (predictions,) = full_precision(predictions)
