@@ -1,5 +1,6 @@
 """Streams: no sample twice, as many batches on every rank, exact resume without decoding, items as map-style."""
 
+import gzip
 import io
 import json
 import runpy
@@ -356,6 +357,29 @@ def test_webdataset_shards_are_read_as_a_stream_and_as_a_table(tmp_path, source)
     assert len(table) == (5 if source == "/000.tar" else 8)
     assert [item["label"] for item in items_of(stream)][:4] == [0, 1, 2, 0]
     assert len({item["image"].tobytes() for item in items_of(stream)}) == len(table)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("source", ["", "/*.tar", "/001.tar"])
+@pytest.mark.parametrize("kept", [0, 0.4, 0.7, "junk"])
+def test_a_shard_that_is_not_whole_is_named(tmp_path, source, streaming, kept):
+    shards = tmp_path / "shards"
+    write_shards(shards, handwriting(8), (4, 4))
+    options = {"streaming": streaming, "image_column": "png"}
+    assert len(list(load_image_text(f"{shards}{source}", "train", **options))) in (4, 8)
+    whole = (shards / "001.tar").read_bytes().rstrip(b"\0")
+    (shards / "001.tar").write_bytes(b"junk" * 999 if kept == "junk" else whole[: int(kept * len(whole))])
+    with pytest.raises(
+        ValueError, match=rf"expected a whole tar archive, .*: {shards}/001.tar\. Copy it again"
+    ):
+        load_image_text(f"{shards}{source}", "train", **options)
+
+
+def test_a_compressed_shard_is_read(tmp_path):
+    write_shards(tmp_path, handwriting(3), (3,))
+    shard = tmp_path / "000.tar"
+    shard.write_bytes(gzip.compress(shard.read_bytes()))
+    assert len(list(load_image_text(str(shard), "train", streaming=True, image_column="png"))) == 3
 
 
 def head(columns):
