@@ -73,7 +73,7 @@ def make_loss(args: LossArguments, encoder: VisionEncoder) -> Any:
     """The loss by its recipe, around the encoder's prototypes, or a momentum encoder of it.
 
     Raises:
-        ValueError: a flag is for other losses.
+        ValueError: a flag is for other losses, or takes away the queue that the loss needs.
     """
     recipe = RECIPES[args.loss]
     options: dict[str, Any] = dict(recipe.loss)
@@ -88,6 +88,10 @@ def make_loss(args: LossArguments, encoder: VisionEncoder) -> Any:
             raise ValueError(f"expected no --{name} for --loss {args.loss}, which has none, got {asked}")
         if default is not None:
             options[name] = default if asked is None else asked
+    if recipe.loss.get("queue_size") and options["queue_size"] < 1:
+        raise ValueError(
+            f"expected a --queue_size of at least 1 for --loss {args.loss}, got {args.queue_size}: leave it out"
+        )
     if recipe.momentum is not None:
         following: dict[str, Any] = {"momentum": options.pop("momentum"), "schedule": recipe.schedule}
         options["teacher"] = MomentumEncoder(encoder, **following)

@@ -400,6 +400,27 @@ def test_ranks_equal_one_process(tmp_path, world_size):
                 torch.testing.assert_close(value, loss.state_dict()[name], rtol=1e-9, atol=1e-12)
 
 
+def ranks_check(rank):
+    own, found = slice(*SHARES[2][rank]), {}
+    for method in LOSSES:
+        encoder, loss, _ = make(method, dropout=0.3)
+        replica = DistributedDataParallel(encoder, find_unused_parameters=True)
+        batch = {name: value[own] for name, value in batch_of().items()}
+        report = check_equivalence(replica, loss, batch, 2)
+        found[method] = (report.ok, report.max_relative_error, report.loss)
+    return found
+
+
+@pytest.mark.slow
+def test_equivalence_can_be_checked_on_ranks(tmp_path):
+    first, second = run_on_ranks(ranks_check, 2, tmp_path, timeout=240)
+    for method in LOSSES:
+        assert first[method] == second[method]
+        ok, error, loss = first[method]
+        assert ok, (method, error)
+        assert abs(loss) > 1e-3
+
+
 def test_ranks_that_keep_to_themselves_would_be_seen():
     for method in ("swav", "swav, queue", "moco v3", "nnclr"):
         alone, together = (

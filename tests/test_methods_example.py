@@ -111,6 +111,12 @@ def test_a_queue_can_be_asked_for(examples, loss, size, head):
     assert made.queue.is_full
 
 
+@pytest.mark.parametrize("loss", ["moco_v2", "nnclr"])
+def test_a_loss_that_needs_its_queue_keeps_it(examples, loss):
+    with pytest.raises(ValueError, match=f"--queue_size of at least 1 for --loss {loss}, got 0"):
+        make(examples, loss, queue_size=0)
+
+
 @pytest.mark.parametrize(("loss", "schedule"), [("moco", "cosine"), ("moco_v2", "constant")])
 def test_moco_of_a_paper_has_its_queries_and_its_momentum(examples, loss, schedule):
     encoder, made, batch = make(examples, loss)

@@ -1,5 +1,6 @@
 """Streams: no sample twice, as many batches on every rank, exact resume without decoding, items as map-style."""
 
+import gzip
 import io
 import json
 import runpy
@@ -370,11 +371,34 @@ def test_webdataset_shards_are_read_as_a_stream_and_as_a_table(tmp_path, source)
     assert len({item["image"].tobytes() for item in items_of(stream)}) == len(table)
 
 
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("source", ["", "/*.tar", "/001.tar"])
+@pytest.mark.parametrize("kept", [0, 0.4, 0.7, "junk"])
+def test_a_shard_that_is_not_whole_is_named(tmp_path, source, streaming, kept):
+    shards = tmp_path / "shards"
+    write_shards(shards, handwriting(8), (4, 4))
+    options = {"streaming": streaming, "image_column": "png"}
+    assert len(list(load_image_text(f"{shards}{source}", "train", **options))) in (4, 8)
+    whole = (shards / "001.tar").read_bytes().rstrip(b"\0")
+    (shards / "001.tar").write_bytes(b"junk" * 999 if kept == "junk" else whole[: int(kept * len(whole))])
+    with pytest.raises(
+        ValueError, match=rf"expected a whole tar archive, .*: {shards}/001.tar\. Copy it again"
+    ):
+        load_image_text(f"{shards}{source}", "train", **options)
+
+
+def test_a_compressed_shard_is_read(tmp_path):
+    write_shards(tmp_path, handwriting(3), (3,))
+    shard = tmp_path / "000.tar"
+    shard.write_bytes(gzip.compress(shard.read_bytes()))
+    assert len(list(load_image_text(str(shard), "train", streaming=True, image_column="png"))) == 3
+
+
 def head(columns):
     return {"image_column": columns["image_column"]}
 
 
-@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet", "folder", "zip", "embedded"])
+@pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl", "parquet", "folder", "zip", "embedded"])
 def test_every_source_streams_what_it_loads(tmp_path, kind):
     folder, items = tmp_path / "photos", handwriting(4)
     folder.mkdir()
@@ -387,8 +411,8 @@ def test_every_source_streams_what_it_loads(tmp_path, kind):
     source = folder / f"rows.{kind}"
     if kind in ("csv", "tsv"):
         table.to_csv(source, sep="\t" if kind == "tsv" else ",")
-    elif kind == "jsonl":
-        table.to_json(source)
+    elif kind in ("json", "jsonl"):
+        table.to_json(source, lines=kind == "jsonl")
     elif kind == "parquet":
         table.to_parquet(source)
     elif kind == "embedded":
@@ -724,16 +748,24 @@ SOURCES = {  # what is written, and the flags that read it
     "metadata.jsonl": ["--dataset", "photos"],
     "rows.csv": ["--dataset", "photos/rows.csv"],
     "rows.tsv": ["--dataset", "photos/rows.tsv"],
+    "rows.json": ["--dataset", "photos/rows.json"],
     "rows.jsonl": ["--dataset", "photos/rows.jsonl"],
     "rows.parquet": ["--dataset", "photos/rows.parquet"],
     "hub": ["--dataset", "someone/flowers", "--train_split", "train", "--eval_split", "test"],
     "classes": ["--dataset", "classes"],
     "shards": ["--dataset", "shards", *SHARDS],
+    "one shard": ["--dataset", "shards/000.tar", *SHARDS],
     "streamed metadata.csv": ["--dataset", "photos", *STREAM],
+    "streamed metadata.jsonl": ["--dataset", "photos", *STREAM],
     "streamed rows.csv": ["--dataset", "photos/rows.csv", *STREAM],
+    "streamed rows.tsv": ["--dataset", "photos/rows.tsv", *STREAM],
+    "streamed rows.json": ["--dataset", "photos/rows.json", *STREAM],
+    "streamed rows.jsonl": ["--dataset", "photos/rows.jsonl", *STREAM],
+    "streamed rows.parquet": ["--dataset", "photos/rows.parquet", *STREAM],
     "streamed hub": ["--dataset", "someone/flowers", "--eval_split", "test", *STREAM],
     "streamed classes": ["--dataset", "classes", *STREAM],
     "streamed shards": ["--dataset", "shards/*.tar", *SHARDS, *STREAM, "--dataloader_num_workers", "1"],
+    "streamed one shard": ["--dataset", "shards/000.tar", *SHARDS, *STREAM],
 }
 CLIP = ["--train_size", "20"]
 VISION = ["--image_size", "16", "--probe_size", "10", "--eval_strategy", "no"]
@@ -744,8 +776,8 @@ CLIP_SOURCES = [source for source in SOURCES if "classes" not in source]
 def write_source(name, folder):
     """The files of a source, in a folder of its own."""
     name, items = name.removeprefix("streamed "), handwriting(20)
-    if name == "shards":
-        write_shards(folder / "shards", items, (13, 7))
+    if name in ("shards", "one shard"):
+        write_shards(folder / "shards", items, (13, 7) if name == "shards" else (20,))
     elif name == "classes":
         for i, item in enumerate(items):
             place = folder / "classes" / "abc"[item["cls"]]
@@ -771,6 +803,7 @@ def write_source(name, folder):
         write = {
             ".csv": table.to_csv,
             ".tsv": partial(table.to_csv, sep="\t"),
+            ".json": partial(table.to_json, lines=False),
             ".jsonl": table.to_json,
             ".parquet": table.to_parquet,
         }
@@ -803,7 +836,7 @@ def assert_trained_one_step(output, *, streamed):
 def test_clip_trains_on_every_source(tmp_path, monkeypatch, source):
     write_source(source, tmp_path)
     monkeypatch.chdir(tmp_path)
-    captions = ["--caption_column", "txt"] if source.endswith("shards") else []
+    captions = ["--caption_column", "txt"] if "shard" in source else []
     run_here("clip_train.py", *ONE_STEP, *SOURCES[source], *CLIP, *captions, monkeypatch=monkeypatch)
     assert_trained_one_step(tmp_path / "out", streamed=source.startswith("streamed"))
 
@@ -815,7 +848,7 @@ def test_vision_trains_on_every_source(tmp_path, monkeypatch, source):
     """With labels, which every source has."""
     write_source(source, tmp_path)
     monkeypatch.chdir(tmp_path)
-    flags = ["--loss", "supcon", *(["--label_column", "cls"] if source.endswith("shards") else [])]
+    flags = ["--loss", "supcon", *(["--label_column", "cls"] if "shard" in source else [])]
     run_here("vision_train.py", *ONE_STEP, *SOURCES[source], *VISION, *flags, monkeypatch=monkeypatch)
     assert_trained_one_step(tmp_path / "out", streamed=source.startswith("streamed"))
     assert 0 <= metrics(tmp_path / "out")["eval_probe_last_backbone"] <= 1

@@ -1,5 +1,6 @@
 """Where image-text data comes from: a folder, a file, several of them, or the hub; to be loaded or streamed."""
 
+from collections.abc import Iterable
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ BUILDERS = {
     ".parquet": "parquet",
     ".tar": "webdataset",
 }
+END_OF_TAR = bytes(1024)
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # gzip, bzip2, xz
 Rows = Any  # datasets.Dataset or datasets.IterableDataset
 
 
@@ -38,8 +41,8 @@ def load_image_text(
         streaming: read rows as they are needed, images undecoded, without a copy on disk.
 
     Raises:
-        ValueError: ``source`` looks like a path but nothing is there, is a file of another kind, or has no
-            ``image_column``; a part of a split is to be streamed.
+        ValueError: ``source`` looks like a path but nothing is there, is a file of another kind, has no
+            ``image_column``, or has a .tar file that is not whole; a part of a split is to be streamed.
     """
     if streaming and "[" in split:
         raise ValueError(f"expected a whole split to stream, got {split!r}: leave the part in brackets out")
@@ -54,6 +57,7 @@ def _load(source: str, name: str | None, image_column: str, options: dict[str, A
     if files and all(file.is_file() for file in files):
         return _load_files(files, image_column, options)
     if path.is_dir():
+        check_archives(file for file in path.rglob("*.tar") if file.is_file())
         return datasets.load_dataset(str(path.resolve()), name, **options)
     if source.startswith(("/", ".", "~")) or source.count("/") > 1 or path.suffix.lower() in BUILDERS:
         raise ValueError(
@@ -67,6 +71,8 @@ def _load_files(files: list[Path], image_column: str, options: dict[str, Any]) -
     path, suffix = files[0], files[0].suffix.lower()
     if suffix not in BUILDERS:
         raise ValueError(f"expected a {', '.join(BUILDERS)} file, got {path}: convert it, or pass its folder")
+    if suffix == ".tar":
+        check_archives(files)
     # The files are given by the plain name of the split, without a slice such as "[:1%]".
     data_files = {options["split"].partition("[")[0]: [str(file) for file in files]}
     separator = {"sep": "\t"} if suffix == ".tsv" else {}
@@ -77,6 +83,25 @@ def _load_files(files: list[Path], image_column: str, options: dict[str, Any]) -
         return dataset
     paths = {"column": image_column, "folder": path.parent}
     return dataset.map(_resolve, input_columns=image_column, fn_kwargs=paths, batched=True)
+
+
+def check_archives(files: Iterable[Path]) -> None:
+    """Refuse tar files that end early, whose tail the reader would leave out without a word.
+
+    A whole one ends in two blocks of zeros. Compressed ones, whatever they are called, are not looked into.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    for path in files:
+        with path.open("rb") as file:
+            compressed = file.read(6).startswith(COMPRESSED)
+            file.seek(max(0, path.stat().st_size - len(END_OF_TAR)))
+            if not compressed and file.read() != END_OF_TAR:
+                raise ValueError(
+                    f"expected a whole tar archive, got one that ends early, or another kind of file: {path}. Copy it "
+                    "again, or leave it out"
+                )
 
 
 def features_of(dataset: Rows) -> datasets.Features:

@@ -230,7 +230,7 @@ class VisionEncoder(Checkpointing, nn.Module):
                 own.load_state_dict(saved)
             elif list(own.parameters()):
                 logger.warning(
-                    "What is in %s does not fit the %s asked for, which are new.", path, TITLES[part]
+                    "There is nothing in %s that fits the %s asked for, which are new.", path, TITLES[part]
                 )
 
     def _represent(self, pixels: Tensor) -> Tensor:
