@@ -98,7 +98,7 @@ class ChunkSizes:
 
     def _set(self, sizes: Mapping[Any, int]) -> None:
         self._check(sizes)
-        factor = chunks_per_call(self.replicas.model, self.replicas.device)
+        factor = chunks_per_call(self.replicas.model, on_host=self.replicas.device.type == "cpu")
         self.chunks = dict(sizes)
         self.calls = {name: self.forward_chunk_size or factor * size for name, size in sizes.items()}
 
@@ -112,12 +112,12 @@ class ChunkSizes:
             )
 
 
-def chunks_per_call(model: Any, device: torch.device) -> int:
+def chunks_per_call(model: Any, *, on_host: bool) -> int:
     """How many chunks share a call of the first pass: several keep an accelerator busy, and take no more memory than
     the graph of one, unless that is checkpointed."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
     checkpoints = any(getattr(module, name, False) for module in modules for name in CHECKPOINTING)
-    return 1 if device.type == "cpu" or checkpoints else CALLS_OF
+    return 1 if on_host or checkpoints else CALLS_OF
 
 
 def fit_chunk_size(
@@ -152,7 +152,7 @@ def fit_chunk_size(
     trained = sum(each.nbytes for each in replicas.parameters if each.requires_grad)
     reserved = (ADAM + (world_size > 1)) * trained
     bound = _bound(memory, replicas.device)
-    per_call = chunks_per_call(replicas.model, replicas.device)
+    per_call = chunks_per_call(replicas.model, on_host=replicas.device.type == "cpu")
 
     def peak(count: int) -> float:
         together = min(max(count, forward_chunk_size or per_call * count), limit)

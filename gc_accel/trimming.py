@@ -34,6 +34,7 @@ from gc_accel.chunking import Inputs, batch_size, call, named, select, split_str
 
 MASK, POSITIONS = "attention_mask", "position_ids"
 ALONG = ("input_ids", MASK, POSITIONS, "token_type_ids", "mm_token_type_ids")  # what has one value per token
+VECTORS = ("inputs_embeds",)  # what has a vector per token
 TOLERANCE = 1e-4  # relative difference of representations that rounding explains
 
 
@@ -49,7 +50,8 @@ def trim_padding(chunk: Mapping[str, Any], *, shift: bool = False) -> dict[str, 
     if MASK not in chunk:
         return found
     start, stop = _bounds(_spans(chunk, shift))
-    return found | {name: chunk[name][..., start:stop] for name in ALONG if name in chunk}
+    found |= {name: chunk[name][..., start:stop] for name in ALONG if name in chunk}
+    return found | {name: chunk[name][..., start:stop, :] for name in VECTORS if name in chunk}
 
 
 def length_order(batch: Mapping[str, Any], *, shift: bool = False) -> list[int]:
@@ -139,14 +141,21 @@ def _cut(
     batch: Mapping[str, Any], chunk_size: int, chunk_tokens: int | None, shift: bool
 ) -> Iterator[list[int]]:
     """Samples in the order of their lengths, cut where a further one would not fit."""
-    spans, own = _all_spans(batch, shift), list[int]()
+    spans = _all_spans(batch, shift)
+    texts = [each.shape[1] for each in spans]  # of a sample, by mask
+    # As numbers, once: a look at a tensor for every sample would take most of the time.
+    found = [torch.stack([each[..., 0].amin(1), each[..., 1].amax(1)], 1).tolist() for each in spans]
+    own, bounds = list[int](), list[tuple[int, int]]()
     for index in length_order(batch, shift=shift):
-        grown = [*own, index]
-        too_long = chunk_tokens is not None and sum(_area(each[grown]) for each in spans) > chunk_tokens
+        one = [(first, last) for first, last in (rows[index] for rows in found)]
+        grown = [(min(a, c), max(b, d)) for (a, b), (c, d) in zip(bounds, one, strict=True)] if own else one
+        width = sum(count * (last - first) for count, (first, last) in zip(texts, grown, strict=True))
+        too_long = chunk_tokens is not None and (len(own) + 1) * width > chunk_tokens
         if own and (len(own) == chunk_size or too_long):
             yield own
-            grown = [index]
-        own = grown
+            own, grown = [], one
+        own.append(index)
+        bounds = grown
     if own:
         yield own
 
@@ -185,12 +194,6 @@ def _spans(text: Mapping[str, Any], shift: bool) -> Tensor:
 
 def _bounds(spans: Tensor) -> tuple[int, int]:
     return int(spans[..., 0].min()), int(spans[..., 1].max())
-
-
-def _area(spans: Tensor) -> int:
-    """Tokens of some texts once trimmed, padding included."""
-    start, stop = _bounds(spans)
-    return (stop - start) * spans[..., 0].numel()
 
 
 def _width(chunk: Mapping[str, Any]) -> int:

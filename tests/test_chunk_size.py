@@ -122,7 +122,7 @@ def test_a_call_of_several_chunks_has_to_fit_too(monkeypatch):
     """As on an accelerator: eight layers that are checkpointed keep less of a chunk than four chunks take to pass."""
     bound, sizes = takes(wide(), torch.randn(64, 128)), {}
     for calls in (1, 40):
-        monkeypatch.setattr(module, "chunks_per_call", lambda model, device, calls=calls: calls)
+        monkeypatch.setattr(module, "chunks_per_call", lambda model, calls=calls, **_: calls)
         sizes[calls] = fit_chunk_size(torch.randn(4, 128), Replicas(wide(), None), bound, most=2000)
     assert sizes[40] < sizes[1] / 2
     one = fit_chunk_size(torch.randn(4, 128), Replicas(wide(), None), bound, most=2000, forward_chunk_size=1)
@@ -131,12 +131,12 @@ def test_a_call_of_several_chunks_has_to_fit_too(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["clip", "open_clip"])
 def test_chunks_that_are_checkpointed_share_no_call(kind):
-    encoder, accelerator = dual_encoder(kind), torch.device("cuda")
-    assert module.chunks_per_call(encoder, accelerator) == module.CALLS_OF
-    assert module.chunks_per_call(encoder, torch.device("cpu")) == 1
+    encoder = dual_encoder(kind)
+    assert module.chunks_per_call(encoder, on_host=False) == module.CALLS_OF
+    assert module.chunks_per_call(encoder, on_host=True) == 1
     encoder.activation_checkpointing_enable()
-    assert module.chunks_per_call(encoder, accelerator) == 1
-    assert module.chunks_per_call(lambda x: x, accelerator) == module.CALLS_OF
+    assert module.chunks_per_call(encoder, on_host=False) == 1
+    assert module.chunks_per_call(lambda x: x, on_host=False) == module.CALLS_OF
 
 
 @pytest.mark.parametrize("size", [2.5, None, float("nan"), "8", True, 0, -1])

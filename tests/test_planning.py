@@ -22,7 +22,7 @@ from gc_accel.planning import plan
 from gc_accel.planning.dry_run import Cost, DryRun
 from gc_accel.planning.loss import loss_cost
 from gc_accel.planning.plan import FILL, most_retained, suggest
-from gc_accel.planning.step import CHUNKS_PER_CALL, Step
+from gc_accel.planning.step import Calls, Step, first_and_last
 from tests.models import dual_encoder, image_text_batch
 from tests.ranks import run_on_ranks
 
@@ -192,6 +192,38 @@ def test_flops_are_those_of_a_real_step(retain):
     assert found["first pass"] + found["second pass"] == pytest.approx(counter.get_total_flops())
 
 
+def test_the_first_chunks_and_the_last_are_retained():
+    for count, expected in enumerate([[], [3], [4, 3], [4, 4, 3], [4, 4, 5, 3], [4, 4, 5, 3]]):
+        assert first_and_last([4, 4, 5, 3], count) == expected
+    step = step_of(vit(), two_views(1), 11)
+    assert step.calls(4, 2) == Calls({"views": 4}, {"views": [4, 3]}, {"views": [4, 3]}, False)
+    assert step.calls(4, 3).everything, "the joint call is a chunk too"
+    assert step.calls(4, 1).retained == {"views": [3]}
+    pairs = step_of(dual_encoder("clip"), image_text_batch(1), 11).calls(4, 2)
+    assert pairs.joint == {"image": 2, "text": 2}
+    assert pairs.retained == {"image": [2, 3], "text": []}
+
+
+@pytest.mark.parametrize("retain", [1, 5, "all"])
+def test_several_devices_encode_the_joint_call_twice(retain):
+    one, two = (step_of(vit(), two_views(1), 12, devices) for devices in (1, 2))
+    assert not two.calls(4, retain).everything
+    assert one.calls(4, retain).everything == (retain != 1)
+    again = two.flops(4, retain)["second pass"] - two.flops(4, 3)["second pass"]
+    assert again == pytest.approx(4 * two.work["views"].forward if retain == 1 else 0)
+    more = two.flops(4, retain)["second pass"] - one.flops(4, retain)["second pass"]
+    assert more == pytest.approx(0 if retain == 1 else 4 * two.work["views"].forward)
+
+
+def test_graphs_of_all_streams_count_before_they_are_used_up():
+    step = step_of(dual_encoder("clip").float(), image_text_batch(1), 24, 2)
+    calls = step.calls(4, "all")
+    graphs = step._graphs(calls)
+    first = step.encoder.cost({"image": calls.retained["image"][0]})
+    assert step._second(calls) >= graphs - first.graph + first.fresh
+    assert step.peak(4, "all") > step.peak(4, 5) > step.peak(4, 1)
+
+
 def test_retaining_spares_forwards():
     step = step_of(vit(), two_views(1), 20)
     forward = step.work["views"].forward
@@ -302,7 +334,9 @@ def test_an_accelerator_holds_chunks_and_not_the_batch():
     each = sample["pixel_values"].nbytes
     assert here.bytes["first pass"]["inputs"] == 64 * each
     assert there.bytes["first pass"]["inputs"] == (4 * 2 + 2) * each
-    assert CHUNKS_PER_CALL == CALLS_OF
+    assert Step(DryRun(encoder, sample, CPU, None), 64, 1, 2, on_host=False).chunks_per_call == CALLS_OF == 4
+    checkpointed = DryRun(vit(checkpointing=True), sample, CPU, None)
+    assert Step(checkpointed, 64, 1, 2, on_host=False).chunks_per_call == 1
     assert (
         there.bytes["first pass"]["a chunk being encoded"] > here.bytes["first pass"]["a chunk being encoded"]
     )
@@ -389,7 +423,7 @@ def test_the_table_has_every_part_and_the_file_every_number():
         "share of the work",
         "of 24.0 GiB",
         "Sent by each device",
-        "Suggested: chunk_size=64, retain=all",
+        "Suggested: chunk_size=8, retain=all",  # with few samples in the joint call, which is encoded twice here
     ):
         assert words in text
     saved = json.loads(json.dumps(found.to_dict()))

@@ -222,6 +222,16 @@ def test_nested_texts_are_trimmed_each_by_its_own_mask():
     assert_equal(gradients(encoder), gradients(direct))
 
 
+def test_vectors_of_tokens_are_trimmed_like_their_mask():
+    batch = batch_of([2, 3], width=7, side="left", positions=True)
+    vectors = torch.randn(2, 7, 5)
+    found = trim_padding(batch | {"inputs_embeds": vectors})
+    assert torch.equal(found["inputs_embeds"], vectors[:, 4:])
+    several = {name: torch.stack([value, value], 1) for name, value in batch.items() if name != "labels"}
+    found = trim_padding(several | {"inputs_embeds": torch.stack([vectors, vectors], 1)})
+    assert found["inputs_embeds"].shape == (2, 2, 3, 5)
+
+
 def test_a_text_without_tokens_keeps_its_padding():
     batch = batch_of([0, 3, 2], width=6)
     assert trim_padding(batch)["input_ids"].shape == (3, 6)

@@ -1,6 +1,6 @@
 """One step of the cache, added up from what its calls cost (see `gc_accel/gradient_cache.py` for the schedule).
 
-    first pass     every chunk without a graph, the graphs of the last `retain` stay
+    first pass     every chunk without a graph, but for `retain` of them, the first ones and the last, whose graphs stay
     loss           these graphs, all representations, their gradients, the loss's workspace
     second pass    one graph at a time, gradients of the weights
 
@@ -11,9 +11,9 @@ no graph is kept.
 
 from collections import Counter
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, Literal
 
+from gc_accel.chunk_size import chunks_per_call
 from gc_accel.planning.dry_run import DryRun
 from gc_accel.planning.loss import loss_cost, ring_all_reduce
 
@@ -22,7 +22,6 @@ Parts = dict[str, dict[str, int]]  # bytes by stage and by part
 
 FIRST, LOSS, SECOND = "first pass", "loss", "second pass"
 CHUNK = "a chunk being encoded"
-CHUNKS_PER_CALL = 4  # without a graph, on an accelerator, as in gc_accel/chunk_size.py
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,9 @@ class Calls:
     Args:
         joint: samples of each stream in the joint call.
         chunks: of each stream, the samples of its other calls, in their order.
-        retained: the last ones of these, whose graph is kept.
-        everything: all graphs are, that of the joint call too.
+        retained: those of these whose graph is kept: some of the first, and the last, whose graph takes no more memory
+            than the second pass takes anyway.
+        everything: all graphs are, that of the joint call too; it is encoded again where ranks reduce.
     """
 
     joint: dict[Any, int]
@@ -55,7 +55,7 @@ class Step:
         self, encoder: DryRun, batch_size: int, devices: int, optimizer_copies: int, *, on_host: bool
     ) -> None:
         self.encoder, self.batch_size, self.devices = encoder, batch_size, devices
-        self.on_host, self.chunks_per_call = on_host, 1 if on_host else CHUNKS_PER_CALL
+        self.on_host, self.chunks_per_call = on_host, chunks_per_call(encoder.model, on_host=on_host)
         frozen = getattr(encoder.model, "frozen_streams", ())
         self.trained = [name for name in encoder.streams if name not in frozen] or list(encoder.streams)
         self.work = {name: encoder.work(name) for name in encoder.streams}
@@ -79,12 +79,13 @@ class Step:
             pieces = [min(chunk_size, self.batch_size - at) for at in range(0, self.batch_size, chunk_size)]
             pieces[0] -= joint.get(name, 0)
             chunks[name] = [piece for piece in pieces if piece]
+        costliest, alone = self.trained[0], self.devices == 1
         if retain == "all":
-            return Calls(joint, chunks, chunks, True)
-        limit, costliest = retain * chunk_size, self.trained[0]
+            return Calls(joint, chunks, chunks, alone)
         retained = {name: list[int]() for name in chunks}
-        retained[costliest] = last_within(chunks[costliest], limit)
-        return Calls(joint, chunks, retained, limit >= self.batch_size and len(chunks) == 1)
+        retained[costliest] = first_and_last(chunks[costliest], retain)
+        room = retain > len(chunks[costliest])  # for the joint call too, which of a single stream is a chunk
+        return Calls(joint, chunks, retained, alone and room and len(self.trained) == 1)
 
     def memory(self, chunk_size: int, retain: Retain) -> Parts:
         """Bytes of one device by stage and part."""
@@ -137,13 +138,14 @@ class Step:
             return graphs - joint.graph + joint.building
         peaks = [graphs + self.encoder.forward(calls.joint)]
         for name, sizes in calls.chunks.items():
-            kept = calls.retained[name]
+            kept, before = calls.retained[name], graphs
             if kept:
                 last = self.encoder.cost({name: kept[-1]})
-                peaks.append(graphs - last.graph + last.building)
-            if without := sizes[: len(sizes) - len(kept)]:  # of the costliest stream, before there is a graph
+                before -= last.graph
+                peaks.append(before + last.building)
+            if without := sizes[len(kept[:-1]) : len(sizes) - len(kept[-1:])]:
                 together = min(self.chunks_per_call * max(without), sum(without))
-                peaks.append(self.encoder.forward({name: together}) + (0 if kept else graphs))
+                peaks.append(before + self.encoder.forward({name: together}))
         return max(peaks)
 
     def _second(self, calls: Calls) -> int:
@@ -156,12 +158,13 @@ class Step:
         if not chunks:  # the joint call is the only one, and makes the gradients
             return max(joint.building, joint.fresh)
         peaks = [made + joint.replay, *(made + cost.replay for cost in chunks)]
-        kept, costliest = calls.retained[self.trained[0]], self.trained[0]
-        if kept:
-            first = self.encoder.cost({costliest: kept[0]})  # which makes the gradients
-            peaks.append(graphs - first.graph + first.fresh)
-            for cost in (self.encoder.cost({costliest: size}) for size in set(kept[1:])):
-                peaks.append(graphs - first.graph - cost.graph + cost.gradients + cost.backward)
+        left, made = graphs, 0  # retained graphs go first; of each stream the first one makes the gradients
+        for name in self.trained:
+            for at, size in enumerate(calls.retained[name]):
+                cost = self.encoder.cost({name: size})
+                left -= cost.graph
+                peaks.append(left + made + (cost.backward if at else cost.fresh))
+                made += 0 if at else cost.gradients
         return max(peaks)
 
     def _inputs(self, chunk_size: int, calls: Calls) -> int:
@@ -171,7 +174,6 @@ class Step:
         return min(at_work, self.batch_size) * self.encoder.sample_bytes
 
 
-def last_within(sizes: list[int], limit: int) -> list[int]:
-    """The longest end of a list whose sum is at most `limit`."""
-    count = sum(total <= limit for total in accumulate(reversed(sizes)))
-    return sizes[len(sizes) - count :]
+def first_and_last(sizes: list[int], count: int) -> list[int]:
+    """So many of some chunks, in their order: the last one, and before it the first ones."""
+    return sizes if count >= len(sizes) else [*sizes[: count - 1], sizes[-1]] if count else []
