@@ -194,7 +194,9 @@ def test_flops_are_those_of_a_real_step(retain):
 
 def test_the_first_chunks_and_the_last_are_retained():
     for count, expected in enumerate([[], [3], [4, 3], [4, 4, 3], [4, 4, 5, 3], [4, 4, 5, 3]]):
-        assert first_and_last([4, 4, 5, 3], count) == expected
+        assert first_and_last([4, 4, 5, 3], count, rest=False) == expected
+    for count, expected in enumerate([[], [5], [4, 5], [4, 4, 5], [4, 4, 5, 2], [4, 4, 5, 2]]):
+        assert first_and_last([4, 4, 5, 2], count, rest=True) == expected
     step = step_of(vit(), two_views(1), 11)
     assert step.calls(4, 2) == Calls({"views": 4}, {"views": [4, 3]}, {"views": [4, 3]}, False)
     assert step.calls(4, 3).everything, "the joint call is a chunk too"

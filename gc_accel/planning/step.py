@@ -30,7 +30,8 @@ class Calls:
 
     Args:
         joint: samples of each stream in the joint call.
-        chunks: of each stream, the samples of its other calls, in their order.
+        chunks: of each stream, the samples of its other calls, in their order: what the joint call leaves of the first
+            chunk comes last.
         retained: those of these whose graph is kept: some of the first, and the last, whose graph takes no more memory
             than the second pass takes anyway.
         everything: all graphs are, that of the joint call too; it is encoded again where ranks reduce.
@@ -77,13 +78,15 @@ class Step:
         joint, chunks = dict.fromkeys(self.trained, head), {}
         for name in self.encoder.streams:
             pieces = [min(chunk_size, self.batch_size - at) for at in range(0, self.batch_size, chunk_size)]
-            pieces[0] -= joint.get(name, 0)
+            if name in joint:
+                pieces = [*pieces[1:], pieces[0] - head]
             chunks[name] = [piece for piece in pieces if piece]
         costliest, alone = self.trained[0], self.devices == 1
         if retain == "all":
             return Calls(joint, chunks, chunks, alone)
         retained = {name: list[int]() for name in chunks}
-        retained[costliest] = first_and_last(chunks[costliest], retain)
+        rest = len(self.trained) > 1 and head < min(chunk_size, self.batch_size)
+        retained[costliest] = first_and_last(chunks[costliest], retain, rest=rest)
         room = retain > len(chunks[costliest])  # for the joint call too, which of a single stream is a chunk
         return Calls(joint, chunks, retained, alone and room and len(self.trained) == 1)
 
@@ -143,9 +146,10 @@ class Step:
                 last = self.encoder.cost({name: kept[-1]})
                 before -= last.graph
                 peaks.append(before + last.building)
-            if without := sizes[len(kept[:-1]) : len(sizes) - len(kept[-1:])]:
+            if without := [*(Counter(sizes) - Counter(kept)).elements()]:
                 together = min(self.chunks_per_call * max(without), sum(without))
                 peaks.append(before + self.encoder.forward({name: together}))
+                peaks.append(graphs + self.encoder.forward({name: sizes[-1]}))  # when all graphs are there
         return max(peaks)
 
     def _second(self, calls: Calls) -> int:
@@ -174,6 +178,13 @@ class Step:
         return min(at_work, self.batch_size) * self.encoder.sample_bytes
 
 
-def first_and_last(sizes: list[int], count: int) -> list[int]:
-    """So many of some chunks, in their order: the last one, and before it the first ones."""
-    return sizes if count >= len(sizes) else [*sizes[: count - 1], sizes[-1]] if count else []
+def first_and_last(sizes: list[int], count: int, *, rest: bool) -> list[int]:
+    """So many of some chunks, in their order: the last one, and before it the first ones.
+
+    Args:
+        rest: whether a part of a chunk comes after the last, which is retained when all others are.
+    """
+    whole = sizes[: len(sizes) - rest]
+    if count >= len(whole):
+        return sizes if count > len(whole) else whole
+    return [*whole[: count - 1], whole[-1]] if count else []
