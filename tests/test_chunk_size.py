@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import gc_accel.chunk_size as module
+import gc_accel.chunk_fitting as module
 from gc_accel import GradientCache
-from gc_accel.chunk_size import fit_chunk_size
+from gc_accel.chunk_fitting import fit_chunk_size
 from gc_accel.distributed import Replicas
 from gc_accel.losses import CLIPLoss, dense
 from gc_accel.memory import LiveBytes

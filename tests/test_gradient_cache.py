@@ -368,8 +368,8 @@ class TestBadInput:
         assert all(p.grad is None for p in encoder.parameters())
 
     def test_chunk_size(self):
-        self.check("chunks of at least 1 sample", chunk_size=0)
-        self.check("chunks of at least 1 sample", chunk_size={"image": 2})
+        self.check("whole number of samples from 1", chunk_size=0)
+        self.check("whole number of samples from 1", chunk_size={"image": 2})
 
     def test_retain(self):
         self.check("retain", retain=-1)

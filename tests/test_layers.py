@@ -15,7 +15,8 @@ LAYERS = [  # from the bottom to the top; a package is one unit
     {"distributed"},
     {"losses", "functional", "retention"},
     {"recovery"},
-    {"chunk_size", "accumulation"},
+    {"chunk_fitting", "accumulation"},
+    {"chunk_size"},
     {"gradient_cache", "encoders", "data"},
     {"pictures", "evaluation", "planning", "compat"},
     {"equivalence"},
@@ -66,7 +67,16 @@ def test_imports_point_downwards():
 
 def test_the_engine_knows_no_loss_and_no_model():
     """But for what a loss declares if it needs less than a gradient cache."""
-    engine = {"gradient_cache", "accumulation", "encoding", "schedule", "retention", "recovery", "chunk_size"}
+    engine = {
+        "gradient_cache",
+        "accumulation",
+        "encoding",
+        "schedule",
+        "retention",
+        "recovery",
+        "chunk_size",
+        "chunk_fitting",
+    }
     known = {
         b
         for a, b in imports()

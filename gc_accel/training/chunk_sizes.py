@@ -14,7 +14,7 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from gc_accel.chunk_size import fit_chunk_size
+from gc_accel.chunk_fitting import fit_chunk_size
 from gc_accel.data import ChunkedLoader
 from gc_accel.distributed import Replicas
 from gc_accel.distributed.collectives import lowest
