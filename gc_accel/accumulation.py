@@ -139,7 +139,7 @@ def _first_pass(cache: Any, chunks: Iterable[Inputs]) -> list[Chunk]:
         raise ValueError("expected a batch of at least one sample, got none")
     # Ranks reduce in the call of the first chunk, after the targets: there is a way back until then.
     everything = schedule.has_room(first, [None]) and all(retained for *_, retained in calls)
-    retain = own_targets and everything and replicas.world_size == 1
+    retain = own_targets and everything and replicas.is_alone
     (encoded,) = _encode_block(cache, Block([Turn(None, first[None])], retain))
     calls.insert(0, (encoded, len(first[None]), retain))
     stops = accumulated(count for _, count, _ in calls)

@@ -38,7 +38,7 @@ from gc_accel.chunk_size import ChunkSize, ChunkSizes
 from gc_accel.chunking import Inputs, batch_size, concatenate
 from gc_accel.distributed import Replicas, without_rows
 from gc_accel.encoding import Encoded, Parts, by_name, encode, encode_together
-from gc_accel.numerics import check_finite
+from gc_accel.numerics import check_finite, check_rows
 from gc_accel.recovery import with_recovery
 from gc_accel.retention import Retain, Retention
 from gc_accel.schedule import FirstPass, Rows
@@ -118,9 +118,8 @@ class GradientCache:
         joint, extras = dict[Any, Rows](), defaultdict[str, list[Any]](list)
         head, calls = list[Encoded](), list[Encoded]()  # in the order of the samples, after the joint call
         retained, again = list[Encoded](), list[Encoded]()
-        cut = schedule.turns(chunks, self.streams, trained, joint, extras)
-        turns = self.replicas.aligned(cut, joint, self.streams)
-        for block in schedule.blocks(turns):
+        turns = schedule.turns(chunks, self.streams, trained, joint, extras)
+        for block in schedule.blocks(self.replicas.aligned(turns, joint, self.streams)):
             stream = block.turns[0].stream
             parts = [{stream: turn.rows.inputs} for turn in block.turns]
             encoded = self._encode_block({stream: block.rows.inputs}, parts, block.retain)
@@ -133,7 +132,7 @@ class GradientCache:
         if not joint:
             raise ValueError("expected a batch of at least one sample, got none")
         # Ranks reduce in a call after the loss: before it, there is a way back for a step that runs out of memory.
-        everything = self.replicas.world_size == 1 and schedule.has_room(joint, trained) and not again
+        everything = self.replicas.is_alone and schedule.has_room(joint, trained) and not again
         with self.replicas.reducing(everything):
             last = self._encode({name: rows.inputs for name, rows in joint.items()}, everything)
         self.replicas.agreement.check()
@@ -143,10 +142,10 @@ class GradientCache:
         loss_kwargs = {**loss_kwargs, **send_to_device(joined, self.replicas.device)}
         loss = self._cache_gradients([last, *head, *calls], loss_kwargs)
         with self.replicas.second_pass():
-            for each in () if everything else retained + again:
-                self._push([each], sync=False)
-            with self.replicas.synced_call():  # with all that was retained: one by one leaves ranks unsynced
-                self._push([*retained, last] if everything else [last], sync=True)
+            for each in retained + again:
+                self._push(each, sync=False)
+            with self.replicas.synced_call():
+                self._push(last, sync=True)
         self.retention.decide({name: schedule.samples[name] for name in trained})
         move_state(self.loss_fn, [last, *head, *calls])
         return loss
@@ -166,13 +165,7 @@ class GradientCache:
     def _encode(self, parts: Parts, retain: bool) -> Encoded:
         fn = self.retention.metered(parts, self.encoder)
         encoded = encode(fn, parts.get(None, parts), device=self.replicas.device, retain=retain)
-        rows = batch_size(next(iter(parts.values())))
-        for name, leaf in encoded.leaves.items():
-            if name not in self.global_names and (not leaf.ndim or len(leaf) != rows):
-                raise ValueError(
-                    f"expected a representation of each of {rows} samples, got {tuple(leaf.shape)} as output {name!r} "
-                    "of the encoder: name what is the same for all chunks in its global_names"
-                )
+        check_rows(encoded.leaves, batch_size(next(iter(parts.values()))), self.global_names)
         return encoded
 
     def _cache_gradients(self, calls: list[Encoded], loss_kwargs: dict[str, Any]) -> Tensor:
@@ -193,14 +186,14 @@ class GradientCache:
             raise ValueError(f"expected a loss of every representation, got one that ignores {ignored}")
         return loss.detach().reshape(())
 
-    def _push(self, calls: list[Encoded], *, sync: bool) -> None:
-        """Second pass over some calls: their cached gradients, through one graph, into the weights."""
-        outputs, grads = [], []
+    def _push(self, call: Encoded, *, sync: bool) -> None:
+        """Second pass over one call: its cached gradients, through its graph, into the weights."""
+        cached = {name: leaf.grad for name, leaf in call.leaves.items() if leaf.grad is not None}
+        if not cached:
+            return
         with self.replicas.reducing(sync), self.batch_norms.second_pass():
-            for leaves, replay in calls:
-                cached = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-                for name, output in replay().items() if cached else ():
-                    if name in cached and output.requires_grad:
-                        outputs.append(output)
-                        grads.append(cached[name])
-            self.replicas.backward(outputs, grads, sync=sync)
+            outputs = {
+                name: out for name, out in call.replay().items() if name in cached and out.requires_grad
+            }
+            grads = [cached[name] for name in outputs]
+            self.replicas.backward(list(outputs.values()), grads, sync=sync)

@@ -1,6 +1,6 @@
-"""Losses that are no number, and whose fault it is."""
+"""Outputs that are not of each sample, losses that are no number, and whose fault it is."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -36,3 +36,22 @@ def check_finite(loss: Tensor, reps: Mapping[Any, Tensor]) -> None:
         f"expected a finite loss, got {loss.item()} although this process's representations are finite: look at the "
         "logit scale, at the loss, and at the other processes' samples"
     )
+
+
+def check_rows(outputs: Mapping[Any, Tensor], count: int, shared: Collection[Any]) -> None:
+    """Refuse outputs that are not of each sample.
+
+    Args:
+        outputs: of an encoder, by name.
+        count: of the samples that it was called with.
+        shared: names of outputs that are the same for all of them.
+
+    Raises:
+        ValueError: naming the output.
+    """
+    for name, output in outputs.items():
+        if name not in shared and (not output.ndim or len(output) != count):
+            raise ValueError(
+                f"expected a representation of each of {count} samples, got {tuple(output.shape)} as output {name!r} "
+                "of the encoder: name what is the same for all chunks in its global_names"
+            )

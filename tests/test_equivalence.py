@@ -217,9 +217,9 @@ class TestDifferent:
         return check_dual()
 
     def test_a_chunk_that_is_left_out(self, monkeypatch):
-        def push(original, self, calls, *, sync):
-            if sync or calls[0][0].keys() != {"image", "logit_scale"}:
-                original(self, calls, sync=sync)
+        def push(original, self, each, *, sync):
+            if sync or each.leaves.keys() != {"image", "logit_scale"}:
+                original(self, each, sync=sync)
 
         report = self.wrong(monkeypatch, "_push", push)
         assert not report.ok

@@ -199,6 +199,12 @@ class Replicas:
             self.encoder.step()
 
     @property
+    def is_alone(self) -> bool:
+        """Whether no call reduces anything, so that it does not matter which of them comes last."""
+        wrapped = isinstance(self.encoder, (DistributedDataParallel, FSDPModule)) or self._by_deepspeed
+        return self.world_size == 1 and not wrapped
+
+    @property
     def _by_deepspeed(self) -> bool:
         return self.accelerator is not None and self.accelerator.distributed_type == DistributedType.DEEPSPEED
 

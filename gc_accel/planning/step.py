@@ -64,8 +64,6 @@ class Step:
         self.loss = loss_cost(shapes, batch_size, devices)
         weights = [*encoder.model.parameters(), *encoder.model.buffers()]
         self.gradients = sum(each.nbytes for each in weights if each.requires_grad)
-        # Autograd adds up what several calls say about a weight in a tensor of its own.
-        self.largest = max((each.nbytes for each in weights if each.requires_grad), default=0)
         self.weights = {
             "weights": sum(each.nbytes for each in weights),
             "optimizer state": optimizer_copies * self.gradients,
@@ -154,22 +152,23 @@ class Step:
 
     def _second(self, calls: Calls) -> int:
         """Bytes of graphs and gradients, at most, in the second pass."""
-        joint, graphs, made = self.encoder.cost(calls.joint), self._graphs(calls), self.gradients
-        chunks = [self.encoder.cost({s: size}) for s in self.trained for size in set(calls.chunks[s])]
-        if calls.everything:  # in one backward pass, the latest call first: it makes the gradients
-            later = max((cost.backward - cost.graph + self.largest for cost in chunks), default=0)
-            return max(graphs + joint.fresh - joint.graph, graphs - joint.graph + made + later)
-        if not chunks:  # the joint call is the only one, and makes the gradients
-            return max(joint.building, joint.fresh)
-        peaks = [made + joint.replay, *(made + cost.replay for cost in chunks)]
-        left, made = graphs, 0  # retained graphs go first; of each stream the first one makes the gradients
-        for name in self.trained:
+        joint, left, made = self.encoder.cost(calls.joint), self._graphs(calls), 0
+        peaks = list[int]()
+        for (
+            name
+        ) in self.trained:  # retained graphs go first; of each stream the first one makes the gradients
             for at, size in enumerate(calls.retained[name]):
                 cost = self.encoder.cost({name: size})
                 left -= cost.graph
                 peaks.append(left + made + (cost.backward if at else cost.fresh))
                 made += 0 if at else cost.gradients
-        return max(peaks)
+        chunks = {(name, size) for name in self.trained for size in calls.chunks[name]}
+        if not chunks:  # the joint call is the only one, and makes the gradients
+            return max(joint.fresh, 0 if calls.everything else joint.building)
+        if calls.everything:
+            return max([*peaks, made + joint.backward])
+        again = [self.encoder.cost({name: size}).replay for name, size in chunks]
+        return max([*peaks, *(self.gradients + replay for replay in (joint.replay, *again))])
 
     def _inputs(self, chunk_size: int, calls: Calls) -> int:
         """Bytes of inputs on the device."""
