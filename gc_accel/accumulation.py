@@ -86,7 +86,7 @@ def accumulate(cache: Any, chunks: Iterable[Inputs], loss_kwargs: Mapping[str, A
         with replicas.synced_call():
             terms[0] = _push(cache, waiting[0], targets, batch.total, sync=True)
     if again:
-        cache.retention.decide({None: waiting[-1].rows.stop})
+        cache.retention.decide({_stream(cache): waiting[-1].rows.stop})
     own = torch.cat([terms[index] for index in range(len(waiting))])
     with replicas.agreement.before_each_collective(), torch.no_grad():
         value = batch.sum(own.sum()) / batch.total
@@ -125,9 +125,11 @@ def _first_pass(cache: Any, chunks: Iterable[Inputs]) -> list[Chunk]:
     """Read all chunks, and encode them as the targets want it, the first one last; in the order of the batch."""
     replicas, size = cache.replicas, min(cache.chunk_sizes.values())
     own_targets = cache.loss_fn.targets_from == "encoder"
-    limits = cache.retention.limits([None], [None], {None: size}) if own_targets else {None: 0.0}
-    nominal = cache.retention.counts_chunks or replicas.sharded
-    schedule = FirstPass({None: size}, {None: min(cache.sizes.calls.values())}, limits, nominal=nominal)
+    stream, limits = _stream(cache), {None: 0.0}
+    if own_targets:
+        limits = {None: cache.retention.limits([stream], [stream], {stream: size})[stream]}
+    options = {"nominal": cache.retention.counts_chunks, "in_step": replicas.sharded}
+    schedule = FirstPass({None: size}, {None: min(cache.sizes.calls.values())}, limits, **options)
     first, calls = dict[Any, Rows](), list[tuple[Encoded, int, bool]]()
     parts = (split_streams(chunk, cache.streams)[0] for chunk in chunks)  # all streams in one
     turns = replicas.aligned(schedule.turns(parts, {None: ()}, [None], first, {}), first, [None])
@@ -148,6 +150,11 @@ def _first_pass(cache: Any, chunks: Iterable[Inputs]) -> list[Chunk]:
     ]
 
 
+def _stream(cache: Any) -> Any:
+    """By what the bytes of a graph are counted: the encoder's only stream, or all of them."""
+    return next(iter(cache.streams)) if len(cache.streams) == 1 else None
+
+
 def _noted(chunks: Iterable[Chunk]) -> Named:
     """What the targets are made of, `(B, ...)` by name, without a graph."""
     found = defaultdict[Any, list[Tensor]](list)
@@ -159,7 +166,8 @@ def _noted(chunks: Iterable[Chunk]) -> Named:
 
 def _encode_block(cache: Any, block: Block) -> list[Encoded]:
     """First pass of adjacent chunks: representations for the targets, and the forward that is left for the second."""
-    loss, whole, parts = cache.loss_fn, block.rows.inputs, [turn.rows.inputs for turn in block.turns]
+    loss, parts = cache.loss_fn, [turn.rows.inputs for turn in block.turns]
+    whole = block.rows.inputs if len(parts) > 1 else parts[0]
     if loss.targets_from == "encoder":
         return cache._encode_block(whole, parts, block.retain)
     forwards = [partial(_forward, cache, part) for part in parts]

@@ -16,6 +16,7 @@ from torch import Tensor
 from gc_accel.packing import Packed, unpacked
 
 Inputs = Any
+INPUTS = 64  # by position, at most: a longer list is one of samples
 
 
 def batch_size(inputs: Inputs) -> int:
@@ -147,7 +148,8 @@ def unnamed(outputs: Mapping[Any, Tensor]) -> Any:
 
 
 def _is_container(values: Sequence[Any]) -> bool:
-    return any(isinstance(value, (Tensor, Mapping, Packed)) for value in values)
+    # Not all of them: a slice of a list of captions would take as long as the whole batch has captions.
+    return any(isinstance(value, (Tensor, Mapping, Packed)) for value in values[:INPUTS])
 
 
 def _lengths(inputs: Inputs, path: str) -> Iterator[tuple[str, int]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gc_accel.chunking import Inputs, batch_size, call, named
+from gc_accel.numerics import check_rows
 from gc_accel.rng import RngState
 from gc_accel.transfer import to_device
 
@@ -72,6 +73,7 @@ def encode_together(
             return _run(fn, chunk, device)
 
     sizes = [batch_size(chunk) for chunk in chunks]
+    check_rows(outputs, sum(sizes), shared)
     parts = {
         name: [output] * len(sizes) if name in shared else output.split(sizes)
         for name, output in outputs.items()

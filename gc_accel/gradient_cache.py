@@ -17,7 +17,8 @@ called one by one, `encoder(image={...})`, so that one tower's graph is alive at
     first pass    image 2, text 2, ..., image n (graph retained), text n, image 1, text 1, joint call
     second pass   the retained graph, image 2, text 2, ..., text n,       image 1, text 1, joint call (synced)
 
-Of k graphs that are retained, the others are those of the k - 1 chunks that come first.
+Of k graphs that are retained, the others are those of the chunks that come first. (Of a batch that comes whole all
+chunks of a stream are encoded before those of the next.)
 
 The joint call takes the head of chunk 1 through all streams and globals. It alone syncs the ranks, so it comes
 last and touches every parameter that trains; half a chunk of several streams does not set the peak.
@@ -113,25 +114,25 @@ class GradientCache:
         trained = [name for name in self.streams if name not in frozen] or list(self.streams)
         limits = self.retention.limits(trained, self.streams, self.chunk_sizes)
         limits.update(dict.fromkeys(frozen, 0))  # which have no graph
-        nominal = self.retention.counts_chunks or self.replicas.sharded
-        schedule = FirstPass(self.sizes.chunks, self.sizes.calls, limits, nominal=nominal)
+        kinds = {"nominal": self.retention.counts_chunks, "in_step": self.replicas.sharded}
+        schedule = FirstPass(self.sizes.chunks, self.sizes.calls, limits, **kinds)
         joint, extras = dict[Any, Rows](), defaultdict[str, list[Any]](list)
-        head, calls = list[Encoded](), list[Encoded]()  # in the order of the samples, after the joint call
-        retained, again = list[Encoded](), list[Encoded]()
+        head, calls, retained, again = (list[Encoded]() for _ in range(4))
         turns = schedule.turns(chunks, self.streams, trained, joint, extras)
         for block in schedule.blocks(self.replicas.aligned(turns, joint, self.streams)):
-            stream = block.turns[0].stream
-            parts = [{stream: turn.rows.inputs} for turn in block.turns]
-            encoded = self._encode_block({stream: block.rows.inputs}, parts, block.retain)
+            stream, parts = block.turns[0].stream, [{turn.stream: turn.rows.inputs} for turn in block.turns]
+            whole = {stream: block.rows.inputs} if len(parts) > 1 else parts[0]
+            encoded = self._encode_block(whole, parts, block.retain)
             for turn, each in zip(block.turns, encoded, strict=True):
                 leaves, replay = each if turn.counts else without_rows(each)
                 leaves = {name: leaf.requires_grad_(stream not in frozen) for name, leaf in leaves.items()}
+                # In the order of the samples: the rest of the first chunk follows the joint call.
                 (head if schedule.is_rest(turn) else calls).append(each := Encoded(leaves, replay))
                 if stream not in frozen:
                     (retained if block.retain else again).append(each)
         if not joint:
             raise ValueError("expected a batch of at least one sample, got none")
-        # Ranks reduce in a call after the loss: before it, there is a way back for a step that runs out of memory.
+        # Where calls reduce, the last one comes after the loss: until then there is a way back.
         everything = self.replicas.is_alone and schedule.has_room(joint, trained) and not again
         with self.replicas.reducing(everything):
             last = self._encode({name: rows.inputs for name, rows in joint.items()}, everything)
@@ -155,8 +156,8 @@ class GradientCache:
         with self.replicas.reducing(False):
             if len(parts) > 1:
                 joined, *chunks = (each.get(None, each) for each in (whole, *parts))
-                options: dict[str, Any] = {"device": self.replicas.device, "shared": self.global_names}
-                if encoded := encode_together(self.encoder, joined, chunks, **options):
+                fn, device = self.encoder, self.replicas.device
+                if encoded := encode_together(fn, joined, chunks, device=device, shared=self.global_names):
                     return encoded
                 # Random draws: one by one from now on.
                 self.sizes.calls.update({name: self.sizes.chunks[name] for name in whole})
@@ -195,5 +196,4 @@ class GradientCache:
             outputs = {
                 name: out for name, out in call.replay().items() if name in cached and out.requires_grad
             }
-            grads = [cached[name] for name in outputs]
-            self.replicas.backward(list(outputs.values()), grads, sync=sync)
+            self.replicas.backward(list(outputs.values()), [cached[name] for name in outputs], sync=sync)

@@ -4,9 +4,9 @@ Gradients, buffers and random states go back to where the step began, on all ran
 the new step equals one that began with the smaller chunk. Chunks that were read are kept by the step anyway.
 
 It cannot be taken back while ranks reduce gradients, in the synced call of a process among several, nor where
-parameters are sharded and every call is a collective one, nor if the encoder is a function that does not show its
-weights. There the error says what to set. Memory that runs out while a chunk is read is not the step's: a generator
-does not go on after an error, and what is left of the batch would be trained on without a word.
+parameters are sharded and every call is a collective one, nor in the second pass of an encoder that is a function,
+whose weights nobody knows for sure. There the error says what to set. Memory that runs out while a chunk is read is not
+the step's: a generator does not go on after an error, and what is left of the batch would be trained on without a word.
 """
 
 import itertools
@@ -21,6 +21,7 @@ from transformers.utils import logging
 from gc_accel.chunking import Inputs
 from gc_accel.distributed import Replicas
 from gc_accel.losses.accumulated import StatefulLoss
+from gc_accel.modules import modules_of
 from gc_accel.rng import RngState
 
 if TYPE_CHECKING:
@@ -104,15 +105,16 @@ def with_recovery(cache: "GradientCache", chunks: Iterable[Inputs], loss_kwargs:
         cache.sizes.settle(first)
     while True:
         try:
-            cache.replicas.is_syncing = False
+            cache.replicas.is_pushing = cache.replicas.is_syncing = False
             return cache.step(reread, loss_kwargs)
         except (RuntimeError, MemoryError) as error:
             if reread.is_reading or not is_out_of_memory(error):
                 raise
-            if not cache.replicas.parameters:
-                raise _advice(
-                    "in an encoder whose weights are not known (pass the module itself)", cache.sizes
-                ) from error
+            if cache.replicas.is_pushing and not isinstance(cache.model, nn.Module):
+                where = (
+                    "in the second pass of a function, whose weights are not known (pass the module itself)"
+                )
+                raise _advice(where, cache.sizes) from error
             if cache.replicas.is_lost(error):
                 raise _advice("where ranks depend on each other's calls", cache.sizes) from error
             if max(cache.chunk_sizes.values()) == 1:
@@ -130,10 +132,12 @@ def state_of(loss: Any) -> tuple[list[Tensor], list[Tensor]]:
 
     A `StatefulLoss` moves its own at the end of a step, and a queue of 65,536 rows is not worth a copy.
     """
-    if not isinstance(loss, nn.Module):
-        return [], []
-    buffers = [] if isinstance(loss, StatefulLoss) else list(loss.buffers())
-    return [each for each in loss.parameters() if each.requires_grad], buffers
+    modules = modules_of(loss)
+    buffers = (
+        [] if isinstance(loss, StatefulLoss) else [each for module in modules for each in module.buffers()]
+    )
+    parameters = (each for module in modules for each in module.parameters())
+    return [each for each in parameters if each.requires_grad], buffers
 
 
 def _advice(where: str, sizes: "ChunkSizes") -> RuntimeError:

@@ -92,8 +92,8 @@ class Retention:
         Args:
             parts: by stream, what it will be called with.
         """
-        (stream, part), *others = parts.items()
-        if self.retain != "auto" or self.automatic is not None or others:
+        stream, part = next(iter(parts.items()))
+        if self.retain != "auto" or self.automatic is not None or len(parts) > 1:
             return fn
 
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -120,13 +120,15 @@ class Retention:
         """
         if self.retain != "auto" or self.automatic is not None:
             return
+        sizes = [self.per_sample.get(stream, 0) for stream in samples]
+        if not self.replicas.lowest([min(sizes, default=0)])[0]:  # some stream was in the joint call alone
+            return
         left, limits = self._budget(), list[float]()
-        for stream, count in samples.items():
-            size = self.per_sample.get(stream, 0)  # none, if all of it was in the joint call
-            limits.append(min(count, left // size) if size else 0)
+        for size, count in zip(sizes, samples.values(), strict=True):
+            limits.append(min(count, left // size))
             left -= limits[-1] * size
         if limits == list(samples.values()):  # room for all of it, and as much more in a larger batch
-            needed = sum(self.per_sample[stream] * count for stream, count in samples.items())
+            needed = sum(size * count for size, count in zip(sizes, samples.values(), strict=True))
             limits = [limit * (needed + left) // needed for limit in limits]
         self.automatic = dict(zip(samples, self.replicas.lowest(limits), strict=True))
 

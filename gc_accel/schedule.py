@@ -64,8 +64,8 @@ class FirstPass:
         chunk_sizes: by stream, samples of a chunk.
         call_sizes: by stream, samples of a call without a graph.
         limits: by stream, how many samples may retain their graph.
-        nominal: whether a chunk counts as a full one: where chunks are to be counted, not samples, and where ranks
-            with unequal chunks have to decide alike.
+        nominal: whether a chunk counts as a full one: where chunks are to be counted, not samples.
+        in_step: whether ranks with unequal chunks have to decide alike, turn by turn, so that nothing else counts.
     """
 
     def __init__(
@@ -74,10 +74,11 @@ class FirstPass:
         call_sizes: Mapping[Any, int],
         limits: Mapping[Any, float],
         *,
-        nominal: bool,
+        nominal: bool = False,
+        in_step: bool = False,
     ) -> None:
         self.chunk_sizes, self.call_sizes, self.limits = chunk_sizes, call_sizes, limits
-        self.nominal = nominal
+        self.nominal, self.in_step = nominal or in_step, in_step
         self.rest: dict[Any, Rows] = {}  # of the first chunk, by stream, without the head
         self.samples, self.kept = Counter[Any](), Counter[Any]()  # of each stream, so far
 
@@ -163,9 +164,10 @@ class FirstPass:
 
         for turn in turns:
             stream, size = turn.stream, self._size(turn)
-            if self.is_rest(turn):
+            is_rest = self.is_rest(turn) and not self.in_step
+            if is_rest:
                 yield from decided()
-            last = 0 if self.is_rest(turn) else self.chunk_sizes[stream]
+            last = 0 if is_rest else self.chunk_sizes[stream]
             self.samples[stream] += size
             if not held and size <= self._room(stream) - last:
                 self.kept[stream] += size

@@ -420,6 +420,14 @@ class TestBadInput:
                 torch.randn(4, 3)
             )
 
+    def test_an_output_that_is_not_of_each_sample_where_calls_are_shared(self):
+        model = nn.Linear(3, 4)
+        cache = GradientCache(
+            lambda x: model(x).mean(0, keepdim=True), pair_loss, 2, retain=0, forward_chunk_size=6
+        )
+        with pytest.raises(ValueError, match=r"each of 6 samples"):
+            cache.forward_backward(torch.randn(10, 3))
+
     @pytest.mark.parametrize("value", [1.0, (torch.zeros(()),)])
     def test_a_loss_that_is_no_tensor(self, value):
         with pytest.raises(ValueError, match="expected a scalar loss"):

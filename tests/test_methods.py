@@ -191,6 +191,22 @@ def test_graphs_that_are_kept_spare_their_chunks_a_second_forward(method, chunk_
     assert_equal(taken_gradients(encoder), expected)
 
 
+@pytest.mark.parametrize("declared", [False, True])
+def test_a_budget_for_all_graphs_of_swav_takes_one_forward(declared):
+    encoder, loss, rows = make("swav")
+    _, expected = whole_batch("swav", encoder, loss, rows, batch_of())
+    if declared:
+        encoder.streams = {"views": ("pixel_values",)}
+    seen = counted(encoder)
+    cache = GradientCache(encoder, loss, 2, retain="auto", memory_budget=1e9)
+    cache.forward_backward(batch_of())
+    taken_gradients(encoder)
+    seen.clear()
+    cache.forward_backward(batch_of())
+    assert sum(seen) == SIZE
+    assert_equal(taken_gradients(encoder), expected)
+
+
 @pytest.mark.parametrize("method", ["swav", "byol", "moco v3"])
 def test_calls_of_several_chunks_where_nothing_is_drawn(method):
     encoder, loss, rows = make(method)

@@ -180,6 +180,20 @@ def test_what_the_joint_call_leaves_of_the_first_chunk_comes_last():
     ]
 
 
+def test_sharded_ranks_decide_by_what_is_the_same_on_all_of_them():
+    """The streams of their turns: one rank's rest of a chunk is another's repeated one."""
+    order = "ababab"
+    for limit in (2, 4, 6):
+        found = []
+        for rest in ({"a": 4, "b": 5}, {"a": 2, "b": 1}, {}):
+            turns_of = [Turn(name, Rows(torch.zeros(2, 1), 0, 1 + at % 2)) for at, name in enumerate(order)]
+            schedule = FirstPass({"a": 2, "b": 2}, {"a": 2, "b": 2}, {"a": limit, "b": 2}, in_step=True)
+            schedule.rest = {name: turns_of[at].rows for name, at in rest.items()}
+            found.append([block.retain for block in schedule.blocks(turns_of)])
+        assert found[0] == found[1] == found[2]
+        assert sum(found[0]) == limit // 2 + 1
+
+
 def encoded_samples(retain, sizes, *, chunk_size=8, **options):
     """How many samples a tower sees in each of several steps, with batches that come in chunks of some sizes."""
     model, seen, counts = nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 5)), [], []
@@ -229,6 +243,16 @@ def test_bytes_are_those_of_the_costliest_sample():
     assert sum(count for count, retained in first_pass if retained) <= 64, (
         "one chunk of the largest size, at most"
     )
+
+
+def test_a_first_batch_of_less_than_a_chunk_fixes_nothing():
+    assert encoded_samples("auto", [[3], [8] * 4, [8] * 4], memory_budget=1e6) == [3, 32, 32]
+    encoder, batch = dual_encoder("clip"), image_text_batch(SIZE)
+    cache = GradientCache(encoder, CLIPLoss(), CHUNK, retain="auto", memory_budget=1e9)
+    cache.forward_backward(image_text_batch(2))  # all of it in the joint call, of which no tower has a share
+    (_, first), (_, second) = steps(cache, encoder, batch, 2)
+    assert first == {"image": 2 * SIZE - CHUNK, "text": 2 * SIZE}
+    assert second == {"image": SIZE, "text": SIZE}
 
 
 def test_a_small_budget_takes_no_less_than_the_default():

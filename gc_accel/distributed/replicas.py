@@ -92,6 +92,7 @@ class Replicas:
         sharding = accelerator is not None and accelerator.distributed_type in SHARDING
         self.sharded = sharding and self.world_size > 1
         self.agreement = Agreement(self.device, self.group, self.world_size)
+        self.is_pushing = False  # in the second pass, or after it
         self.is_syncing = False  # in the call in which ranks reduce: there is no way back
 
     def aligned(
@@ -189,6 +190,7 @@ class Replicas:
     def second_pass(self) -> Iterator[None]:
         """All backward passes of a batch. DeepSpeed's optimizer steps at its end, as accelerate has it step
         with every backward pass that syncs, and `optimizer.step()` does nothing afterwards."""
+        self.is_pushing = True
         if not self._by_deepspeed:
             yield
             return

@@ -36,11 +36,18 @@ class WatchedCache(GradientCache):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.sizes.calls = self.sizes.chunks  # one call for each chunk, to be noted
+        self.sizes.calls = dict(self.sizes.chunks)  # one call for each chunk, to be noted
+        self._forget()
+
+    def _forget(self) -> None:
         self.calls: list[Parts] = []
         self.by_samples: Sequence[int] = ()
         self.place: dict[Tensor, int] = {}  # of the call that a leaf comes from
         self.drift = 0.0
+
+    def step(self, chunks: Iterable[Inputs], loss_kwargs: Mapping[str, Any]) -> Tensor:
+        self._forget()  # what an attempt that ran out of memory has noted
+        return super().step(chunks, loss_kwargs)
 
     def _encode(self, parts: Parts, retain: bool) -> Encoded:
         leaves, replay = super()._encode(parts, retain)
