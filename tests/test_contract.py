@@ -122,6 +122,7 @@ RAGGED_CHUNKS = {"image": 2, "text": 3}
 CASES = {
     "even": Case(),
     "ragged": Case({2: (1, 11), 4: (1, 5, 4, 2)}, retain=0),  # one rank has nothing but its joint call
+    "ragged, one retained": Case({2: (8, 4), 4: (5, 3, 3, 1)}),
     "ragged, all retained": Case({2: (7, 5), 4: (7, 1, 2, 2)}, RAGGED_CHUNKS, retain="all"),
     "accumulated": Case(batches=2),
 }
