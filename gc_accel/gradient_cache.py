@@ -58,7 +58,7 @@ class GradientCache:
             as many as `memory_budget` allows.
         memory_budget: what "auto" may use: bytes, or up to 1 a fraction of the device's memory.
         forward_chunk_size: samples of a call of the first pass, where it draws no random numbers; by default
-            a chunk, and four of them on an accelerator.
+            a chunk, and four of them on an accelerator (one with gradient checkpointing).
         batch_norm: what to do about BatchNorm in training mode: "error", "frozen" or "ghost".
     """
 

@@ -50,7 +50,7 @@ class CachedContrastiveArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Samples of a call of the first pass, where it draws no random numbers; by default a chunk, and "
-            "four of them on an accelerator."
+            "four of them on an accelerator (one with gradient checkpointing)."
         },
     )
     batch_norm: str = field(
