@@ -34,7 +34,6 @@ class ChunkSizes:
         replicas: Replicas,
     ) -> None:
         self.replicas, self.streams, self.memory = replicas, list(streams), memory
-        self.is_auto = chunk_size == "auto"
         self.forward_chunk_size = forward_chunk_size
         self.chunks: dict[Any, int] = {}
         self.calls: dict[Any, int] = {}
@@ -42,7 +41,7 @@ class ChunkSizes:
             self._set(
                 chunk_size if isinstance(chunk_size, Mapping) else dict.fromkeys(self.streams, chunk_size)
             )
-        elif self.is_auto:
+        elif chunk_size == "auto":
             self._check(dict.fromkeys(self.streams, 1))
         else:
             raise ValueError(f'expected chunk_size to be a number of samples or "auto", got {chunk_size!r}')

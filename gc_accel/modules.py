@@ -6,7 +6,7 @@ calls it.
 
 import dis
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -35,6 +35,18 @@ def modules_of(fn: Callable[..., Any]) -> list[nn.Module]:
 
     look(fn)
     return list(found)
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """A block in which a module is in training or in eval mode; every part of it afterwards in the mode it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _parts(value: Any) -> Iterator[Any]:

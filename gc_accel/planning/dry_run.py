@@ -5,7 +5,6 @@ any chunk size, in about a second, without its memory and, made under `torch.dev
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -21,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gc_accel.chunking import Inputs, batch_size, call, named, split_streams
 from gc_accel.memory import LiveBytes
+from gc_accel.modules import in_mode
 from gc_accel.packing import Packed
 
 Rows = Mapping[Any, int]  # samples of each stream in one call of the encoder
@@ -100,7 +100,7 @@ class DryRun:
 
     def _look(self, look: Callable[..., Any], rows: Rows) -> Any:
         step = _Step(self.model, look)
-        with training(self.model), FakeTensorMode(allow_non_fake_inputs=True):
+        with in_mode(self.model, True), FakeTensorMode(allow_non_fake_inputs=True):
             weights = {name: self._fake(tensor) for name, tensor in _tensors(step)}
             inputs = {name: self._fake_inputs(self.parts[name], count) for name, count in rows.items()}
             try:
@@ -176,18 +176,6 @@ class _Step(nn.Module):
 
     def forward(self, inputs: Inputs) -> Any:
         return self.look(self.encoder, inputs)
-
-
-@contextmanager
-def training(model: nn.Module) -> Iterator[None]:
-    """A module in training mode; every part of it afterwards in the mode it had."""
-    modes = {module: module.training for module in model.modules()}
-    model.train()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _push(outputs: dict[Any, Tensor]) -> None:

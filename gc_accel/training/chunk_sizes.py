@@ -19,7 +19,7 @@ from gc_accel.data import ChunkedLoader
 from gc_accel.distributed import Replicas
 from gc_accel.distributed.collectives import lowest
 from gc_accel.distributed.replicas import SHARDING
-from gc_accel.planning.dry_run import training
+from gc_accel.modules import in_mode
 from gc_accel.training.arguments import CachedContrastiveArguments
 
 KEY = "chunk_sizes"  # among the states of the callbacks, the part of the trainer's state that is free in form
@@ -69,7 +69,7 @@ class RunChunkSizes:
                 "expected samples in the first batch of every process, got none that can be read"
             )
         encoder = extract_model_from_parallel(model, keep_torch_compile=False)
-        with training(encoder), accelerator.autocast():
+        with in_mode(encoder, True), accelerator.autocast():
             self.of_loader = self.of_encoder = fit_chunk_size(
                 sample,
                 Replicas(encoder, None),

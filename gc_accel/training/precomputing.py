@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from transformers.utils import logging
 from gc_accel.data.precomputed import Precomputable, PrecomputedDataset
 from gc_accel.distributed.replicas import SHARDING
 from gc_accel.encoders import DualEncoder
+from gc_accel.modules import in_mode
 
 PARTIAL = ".partial"
 logger = logging.get_logger(__name__)
@@ -84,7 +84,7 @@ def precompute(
         (other,) = encoder.streams.keys() - {part}
         loader = _Share(dataset.without(other), collator, accelerator, batch_size, num_workers)
         # A tower that was frozen after it was built is in training mode until the first step.
-        with _evaluating(encoder):
+        with in_mode(encoder, False):
             _write(path, _tower(encoder, part, accelerator), loader, accelerator, progress)
     return PrecomputedDataset(dataset, part, path)
 
@@ -138,18 +138,6 @@ class _WithPositions:
     def __call__(self, items: Sequence[Any]) -> tuple[int, list[int], Any]:
         kept = [position for position, item in enumerate(items) if item is not None]
         return len(items), kept, self.collator(items)
-
-
-@contextmanager
-def _evaluating(encoder: DualEncoder) -> Iterator[None]:
-    """In eval mode; every part of it afterwards in the mode it had."""
-    modes = {module: module.training for module in encoder.modules()}
-    encoder.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _tower(encoder: DualEncoder, part: str, accelerator: Accelerator) -> Callable[[Any], Tensor]:
