@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModel, AutoProcessor, CLIPModel, set_seed
 
 from gc_accel import CachedContrastiveArguments, CachedContrastiveTrainer, DualEncoder
-from gc_accel.command_line import option, parse
+from gc_accel.command_line import option, parse, run
 from gc_accel.cores import use_all_cores
 from gc_accel.data import (
     HandwrittenNumbers,
@@ -235,8 +235,7 @@ def main() -> None:
         print_plan(trainer)
     else:
         train(trainer, eval_set, data_args.zero_shot_folder)
-    trainer.accelerator.end_training()  # a gloo thread that outlives the interpreter would abort the process
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
 from gc_accel import GradientCache
-from gc_accel.command_line import option, parse
+from gc_accel.command_line import option, parse, run
 from gc_accel.cores import use_all_cores
 from gc_accel.data import BatchPlan, ChunkedLoader
 from gc_accel.data.passages import NumberPassages, passages_config, passages_tokenizer
@@ -193,8 +193,7 @@ def main() -> None:
     state = accelerator.get_state_dict(encoder)
     if accelerator.is_main_process:
         write(Path(args.output_dir), accelerator.unwrap_model(encoder), state, tokenizer, log, results)
-    accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -31,7 +31,7 @@ from vision_probes import Judge, table, with_few_labels
 from vision_recipes import RECIPES, LossArguments, Recipe, make_loss
 
 from gc_accel import CachedContrastiveArguments, CachedContrastiveTrainer
-from gc_accel.command_line import option, parse
+from gc_accel.command_line import option, parse, run
 from gc_accel.data import (
     HandwrittenDigits,
     ImageTextDataset,
@@ -255,8 +255,7 @@ def main() -> None:
         print_plan(trainer)
     else:
         train(trainer, judge, probe_args, None if model_args.from_scratch else model_args.model)
-    trainer.accelerator.end_training()  # a gloo thread that outlives the interpreter would abort the process
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

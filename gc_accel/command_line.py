@@ -1,10 +1,15 @@
-"""Arguments of programs: dataclasses whose fields carry their help, read from flags or from one file."""
+"""How programs begin and end: dataclasses of arguments, read from flags or from one file, and the last of gloo."""
 
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import field
 from typing import Any
 
+import torch.distributed as dist
 from transformers import HfArgumentParser
+
+LAST_WORKS = 0.2  # seconds
 
 
 def option(default: Any, text: str, **metadata: Any) -> Any:
@@ -20,3 +25,17 @@ def parse(*kinds: type) -> tuple[Any, ...]:
     if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
         return parser.parse_json_file(sys.argv[1])
     return parser.parse_args_into_dataclasses()
+
+
+def run(main: Callable[[], None]) -> None:
+    """The whole of a program on any number of ranks.
+
+    Gloo's threads need the interpreter to let go of the tensors of the last collective. Python ends a thread that asks
+    for the interpreter while that goes down, and C++ then aborts the process ("terminate called without an active
+    exception"). Nothing can wait for these threads: they live as long as the process group, which default arguments of
+    libraries hold. So they are given the interpreter for a moment.
+    """
+    main()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        time.sleep(LAST_WORKS)

@@ -30,13 +30,16 @@ SCRIPT = """
 import sys
 import torch
 from accelerate import Accelerator
+from gc_accel.command_line import run
 
-accelerator = Accelerator(cpu="--cpu" in sys.argv)
-ranks = accelerator.reduce(torch.tensor([accelerator.process_index + 1]))
-backend = torch.distributed.get_backend() if torch.distributed.is_initialized() else "none"
-world, device = accelerator.num_processes, accelerator.device.type
-sys.stdout.write(f"world={world} backend={backend} device={device} sum={int(ranks)}\\n")
-accelerator.end_training()
+def main():
+    accelerator = Accelerator(cpu="--cpu" in sys.argv)
+    ranks = accelerator.reduce(torch.tensor([accelerator.process_index + 1]))
+    backend = torch.distributed.get_backend() if torch.distributed.is_initialized() else "none"
+    world, device = accelerator.num_processes, accelerator.device.type
+    sys.stdout.write(f"world={world} backend={backend} device={device} sum={int(ranks)}\\n")
+
+run(main)
 """
 
 
