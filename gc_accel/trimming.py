@@ -31,6 +31,7 @@ from accelerate.utils import extract_model_from_parallel, send_to_device
 from torch import Tensor, nn
 
 from gc_accel.chunking import Inputs, batch_size, call, named, select, split_streams
+from gc_accel.modules import in_mode
 
 MASK, POSITIONS = "attention_mask", "position_ids"
 ALONG = ("input_ids", MASK, POSITIONS, "token_type_ids", "mm_token_type_ids")  # what has one value per token
@@ -121,12 +122,10 @@ def trimming_is_inert(encoder: nn.Module, batch: Mapping[str, Any], *, shift: bo
             "left position_ids or shift=True"
         )
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    with_padding, without = (
-        _representations(model, send_to_device(each, device)) for each in (padded, trimmed)
-    )
-    model.train(was_training)
+    with in_mode(model, training=False):
+        with_padding, without = (
+            _representations(model, send_to_device(each, device)) for each in (padded, trimmed)
+        )
     pairs = [(with_padding[name], without[name]) for name in with_padding]
     return all(bool((a - b).norm() <= TOLERANCE * a.norm()) for a, b in pairs)
 

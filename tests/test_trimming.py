@@ -368,3 +368,25 @@ def test_a_tokenizer_without_a_limit_is_tested_too():
         padding_is_inert(Numbers("bert", "last"), collator)
     limited = ImageTextCollator(left_padding(model_max_length=int(1e30)), max_length=16)
     assert not padding_is_inert(Numbers("bert", "last"), limited)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "look"),
+    [
+        (
+            Numbers("llama", "last"),
+            lambda encoder: padding_is_inert(encoder, ImageTextCollator(left_padding())),
+        ),
+        (
+            Pair("bert", "mean").double(),
+            lambda encoder: trimming_is_inert(encoder, batch_of([9, 3], width=12)),
+        ),
+    ],
+)
+def test_a_look_at_padding_leaves_every_part_in_its_mode(encoder, look):
+    encoder.train()
+    next(module for module in encoder.modules() if isinstance(module, torch.nn.Linear)).eval()
+    before = [module.training for module in encoder.modules()]
+    assert set(before) == {True, False}
+    look(encoder)
+    assert [module.training for module in encoder.modules()] == before

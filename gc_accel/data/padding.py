@@ -6,6 +6,8 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
+from gc_accel.modules import in_mode
+
 TOLERANCE = 1e-4  # distance of unit vectors that rounding explains
 LONG = 32  # words of a caption that stands for any length, where the tokenizer has no limit
 
@@ -25,11 +27,9 @@ def padding_is_inert(encoder: nn.Module, collator: Any) -> bool:
         return True
     device = next(encoder.parameters()).device
     short, long = "a", "a " * (collator.max_length or LONG)
-    was_training = encoder.training
-    encoder.eval()
-    alone = encoder(text=send_to_device(collator.tokenize([short]), device))["text"]
-    padded = encoder(text=send_to_device(collator.tokenize([short, long]), device))["text"][:1]
-    encoder.train(was_training)
+    with in_mode(encoder, training=False):
+        alone = encoder(text=send_to_device(collator.tokenize([short]), device))["text"]
+        padded = encoder(text=send_to_device(collator.tokenize([short, long]), device))["text"][:1]
     inert = bool((alone - padded).norm() < TOLERANCE)
     if not inert and collator.max_length is None:
         raise ValueError(

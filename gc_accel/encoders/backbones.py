@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 
+from gc_accel.modules import in_mode
+
 TIMM_PREFIXES = ("hf-hub:", "local-dir:")  # as timm itself spells them
 SIZE = 224  # pixels per side, for a model that takes any
 OPTIONS = {"interpolate_pos_encoding": True}  # lets the ViTs of transformers see crops of another size
@@ -90,16 +92,10 @@ def inspecting(backbone: nn.Module, count: int = 3) -> Iterator[Tensor]:
             f"expected a vision backbone, got {type(backbone).__name__}, whose main input is {main_input!r}: "
             "pass its vision tower"
         )
-    training = [module for module in backbone.modules() if module.training]
     weight = next(backbone.parameters())
     height, width = _native_size(backbone)
-    backbone.eval()
-    try:
-        with torch.no_grad():
-            yield torch.zeros(count, 3, height, width, dtype=weight.dtype, device=weight.device)
-    finally:
-        for module in training:
-            module.training = True
+    with in_mode(backbone, training=False), torch.no_grad():
+        yield torch.zeros(count, 3, height, width, dtype=weight.dtype, device=weight.device)
 
 
 def _call(backbone: nn.Module, pixels: Tensor) -> Mapping[str, Tensor]:

@@ -81,18 +81,8 @@ class CachedContrastiveTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         if data_collator is None:
-            if processing_class is None:
-                raise ValueError("expected a processing_class or a data_collator, got neither: pass one")
-            data_collator = ImageTextCollator(processing_class)
-        if not hasattr(model, "streams"):  # a model as published
-            mean, std = getattr(data_collator, "statistics", (None, None))
-            model = DualEncoder(model, image_mean=mean, image_std=std)
-        if (
-            "text" in model.streams
-            and isinstance(data_collator, ImageTextCollator)
-            and not padding_is_inert(model, data_collator)
-        ):
-            data_collator.padding = "max_length"
+            data_collator = _collator_of(processing_class)
+        model = _encoder_of(model, data_collator)
         if args.n_gpu > 1:
             args._n_gpu = 1  # DataParallel would cut every chunk; further GPUs come by `accelerate launch`
         super().__init__(
@@ -105,14 +95,8 @@ class CachedContrastiveTrainer(Trainer):
             compute_metrics=compute_metrics or retrieval_of_pairs,
             **kwargs,
         )
+        self.loss: Any = prepared(_loss_of(loss, model), model, args.device)
         self.global_names = tuple(getattr(model, "global_names", ()))
-        if loss is None and set(model.streams) != {"image", "text"}:
-            raise ValueError(f"expected a loss for an encoder of {list(model.streams)}, got None: pass one")
-        if loss is None:
-            loss = "siglip" if "logit_bias" in self.global_names else "clip"
-        if isinstance(loss, str) and loss not in LOSSES:
-            raise ValueError(f"expected a loss among {sorted(LOSSES)} or a callable, got {loss!r}")
-        self.loss: Any = prepared(LOSSES[loss]() if isinstance(loss, str) else loss, model, args.device)
         self.shared: Representations = {}  # the globals of the latest call, for the logs
         model.register_forward_hook(self._note_globals)
         self.chunk_sizes = RunChunkSizes()
@@ -337,3 +321,31 @@ class CachedContrastiveTrainer(Trainer):
 def retrieval_of_pairs(reps: Representations) -> dict[str, float]:
     """Retrieval of texts by images and of images by texts, over the whole evaluation set."""
     return retrieval_metrics(reps["image"], reps["text"], labels=reps.get("labels"))
+
+
+def _collator_of(processor: ProcessorMixin | None) -> ImageTextCollator:
+    if processor is None:
+        raise ValueError("expected a processing_class or a data_collator, got neither: pass one")
+    return ImageTextCollator(processor)
+
+
+def _encoder_of(model: Any, collator: Any) -> Any:
+    """An encoder with streams, of a model as published, whose captions are padded as far as it has to be."""
+    if not hasattr(model, "streams"):
+        mean, std = getattr(collator, "statistics", (None, None))
+        model = DualEncoder(model, image_mean=mean, image_std=std)
+    tokenizes = "text" in model.streams and isinstance(collator, ImageTextCollator)
+    if tokenizes and not padding_is_inert(model, collator):
+        collator.padding = "max_length"
+    return model
+
+
+def _loss_of(loss: str | Callable[..., Tensor] | None, encoder: Any) -> Callable[..., Tensor]:
+    """The loss by its name, or by what the encoder is made for."""
+    if loss is None and set(encoder.streams) != {"image", "text"}:
+        raise ValueError(f"expected a loss for an encoder of {list(encoder.streams)}, got None: pass one")
+    if loss is None:
+        loss = "siglip" if "logit_bias" in getattr(encoder, "global_names", ()) else "clip"
+    if isinstance(loss, str) and loss not in LOSSES:
+        raise ValueError(f"expected a loss among {sorted(LOSSES)} or a callable, got {loss!r}")
+    return LOSSES[loss]() if isinstance(loss, str) else loss
