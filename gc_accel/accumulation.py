@@ -83,12 +83,12 @@ def accumulate(cache: Any, chunks: Iterable[Inputs], loss_kwargs: Mapping[str, A
     with replicas.second_pass(), cache.batch_norms.second_pass() if again else nullcontext():
         for index in order:
             terms[index] = _push(cache, waiting[index], targets, batch.total, sync=False)
-        with replicas.synced_call():
-            terms[0] = _push(cache, waiting[0], targets, batch.total, sync=True)
+        replicas.begin_syncing()
+        terms[0] = _push(cache, waiting[0], targets, batch.total, sync=True)
     if again:
         cache.retention.decide({_stream(cache): waiting[-1].rows.stop})
     own = torch.cat([terms[index] for index in range(len(waiting))])
-    with replicas.agreement.before_each_collective(), torch.no_grad():
+    with torch.no_grad():
         value = batch.sum(own.sum()) / batch.total
         check_finite(value, {"loss": own[:, None]})
         loss.update(reps)

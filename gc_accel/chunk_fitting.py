@@ -148,7 +148,7 @@ def _peak(sample: Inputs, calls: Mapping[bool, int], replicas: Replicas, start: 
                     _run(part, replicas, graph)
                 start.restore()
                 peaks.append(peak.bytes)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         peaks = [math.inf]
@@ -191,6 +191,7 @@ class _Peak:
     def __exit__(self, *error: Any) -> None:
         if self.device.type == "cuda":
             self.bytes = torch.cuda.max_memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)  # the run's own peak is yet to come
         else:
             self.live.__exit__(*error)
             self.bytes = self.live.peak

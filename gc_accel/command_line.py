@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from transformers import HfArgumentParser
 
-LAST_WORKS = 0.2  # seconds
+LAST_WORKS = 0.2  # seconds, as measured (docs/log.md)
 
 
 def option(default: Any, text: str, **metadata: Any) -> Any:
@@ -28,7 +28,7 @@ def parse(*kinds: type) -> tuple[Any, ...]:
 
 
 def run(main: Callable[[], None]) -> None:
-    """The whole of a program on any number of ranks.
+    """The whole of a program on any number of ranks, which finishes its trackers by itself.
 
     Gloo's threads need the interpreter to let go of the tensors of the last collective. Python ends a thread that asks
     for the interpreter while that goes down, and C++ then aborts the process ("terminate called without an active

@@ -145,8 +145,8 @@ class GradientCache:
         with self.replicas.second_pass():
             for each in retained + again:
                 self._push(each, sync=False)
-            with self.replicas.synced_call():
-                self._push(last, sync=True)
+            self.replicas.begin_syncing()
+            self._push(last, sync=True)
         self.retention.decide({name: schedule.samples[name] for name in trained})
         move_state(self.loss_fn, [last, *head, *calls])
         return loss

@@ -80,20 +80,21 @@ def test_no_chunk_is_larger_than_asked_for():
 class Small(nn.Linear):
     """Has memory for so many samples and no more."""
 
-    def __init__(self, room):
+    def __init__(self, room, error=torch.OutOfMemoryError):
         super().__init__(6, 4)
-        self.room, self.tried = room, []
+        self.room, self.error, self.tried = room, error, []
 
     def forward(self, x):
         self.tried.append(len(x))
         if len(x) > self.room:
-            raise torch.OutOfMemoryError("injected")
+            raise self.error("injected")
         return super().forward(nn.functional.dropout(x))
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
 @pytest.mark.parametrize("room", [1, 3, 8, 19])
-def test_running_out_of_memory_says_that_so_many_do_not_fit(room):
-    encoder = Small(room)
+def test_running_out_of_memory_says_that_so_many_do_not_fit(room, error):
+    encoder = Small(room, error)
     encoder(torch.randn(1, 6)).sum().backward()
     sample = torch.randn(64, 6)
     grads, state = gradients(encoder), torch.get_rng_state()

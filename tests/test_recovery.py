@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gc_accel import GradientCache
-from gc_accel.losses import CLIPLoss
+from gc_accel.losses import CLIPLoss, StatefulLoss
 from gc_accel.recovery import is_out_of_memory
 from tests.comparing import assert_equal, gradients
 from tests.models import dual_encoder, image_text_batch
@@ -312,3 +312,39 @@ def in_the_synced_call(rank):
 
 def test_there_is_no_way_back_from_the_call_that_reduces(tmp_path):
     assert run_on_ranks(in_the_synced_call, 2, tmp_path) == [1, 1]
+
+
+class Counting(StatefulLoss):
+    """Whose state does not fit into the memory of one rank."""
+
+    def __init__(self, rank):
+        super().__init__()
+        self.rank = rank
+        self.register_buffer("batches", torch.zeros(1))
+
+    def forward(self, image, text, **_):
+        return self.everywhere(image).sum() * 0 + (image * text).sum()
+
+    def update(self, reps):
+        self.batches += 1
+        if self.rank == 1:
+            raise torch.OutOfMemoryError("update")
+
+
+def after_the_synced_call(rank):
+    encoder = dual_encoder("clip")
+    loss = Counting(rank)
+    cache = GradientCache(DistributedDataParallel(encoder, find_unused_parameters=True), loss, CHUNK)
+    try:
+        cache.forward_backward(image_text_batch(SIZE, seed=rank))
+    except RuntimeError as error:
+        return str(error), float(loss.batches)
+    return "", float(loss.batches)
+
+
+def test_a_state_that_has_moved_is_not_moved_again(tmp_path):
+    """The other ranks are done with the step by then."""
+    (done, moved), (error, moved_too) = run_on_ranks(after_the_synced_call, 2, tmp_path)
+    assert not done
+    assert "ranks depend on each other's calls" in error
+    assert moved == moved_too == 1

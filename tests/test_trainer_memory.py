@@ -68,6 +68,39 @@ def test_a_run_goes_on_with_smaller_chunks_and_resumes_with_them(tmp_path):
     assert not torch.equal(weights(afresh)["text_projection.weight"], weights(run)["text_projection.weight"])
 
 
+def tight_model(most):
+    """A model that has memory for the graph of so many images, and for any number without one."""
+    model = clip_model(dropout=0.3)
+
+    def check(_, args, kwargs):
+        pixels = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
+        if torch.is_grad_enabled() and len(pixels) > most:
+            raise torch.OutOfMemoryError(f"{len(pixels)} images")
+
+    model.vision_model.register_forward_pre_hook(check, with_kwargs=True)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("most", "options", "found"),
+    [
+        (4, {"chunk_size": 4, "forward_chunk_size": 8}, 4),  # loaded in chunks of 8
+        (2, {"chunk_size": 4}, 2),
+        (1, {"chunk_size": 8, "forward_chunk_size": 8}, 1),
+    ],
+)
+def test_a_run_begins_and_resumes_with_as_much_memory_as_a_step_takes(tmp_path, most, options, found):
+    options |= {"save_strategy": "steps", "save_steps": 3, "num_train_epochs": 1}
+    run = make_trainer(tmp_path / "run", model=tight_model(most), **options)
+    run.train()
+    assert run.cache.chunk_sizes == {"image": found, "text": found}
+    resumed = make_trainer(tmp_path / "resumed", model=tight_model(most), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-3"))
+    assert resumed.state.global_step == 6
+    for name, value in weights(resumed).items():
+        assert torch.equal(value, weights(run)[name]), name
+
+
 def test_a_measured_size_comes_back_on_resume(tmp_path, monkeypatch):
     options = {"chunk_size": "auto", "memory_budget": BUDGET, "save_strategy": "steps", "save_steps": 3}
     options["num_train_epochs"] = 1

@@ -93,7 +93,7 @@ class Replicas:
         self.sharded = sharding and self.world_size > 1
         self.agreement = Agreement(self.device, self.group, self.world_size)
         self.is_pushing = False  # in the second pass, or after it
-        self.is_syncing = False  # in the call in which ranks reduce: there is no way back
+        self.is_syncing = False  # in the call in which ranks reduce, or after it: there is no way back
 
     def aligned(
         self, turns: Iterable[Turn], first: Mapping[Any, Rows], streams: Iterable[Any]
@@ -166,13 +166,10 @@ class Replicas:
             return self.encoder.no_sync()
         return nullcontext()
 
-    @contextmanager
-    def synced_call(self) -> Iterator[None]:
-        """The one call of a step that reduces: all ranks enter it, or none."""
+    def begin_syncing(self) -> None:
+        """To be called before the one call of a step that reduces: all ranks go on to it, or none."""
         self.agreement.check()
         self.is_syncing = self.world_size > 1
-        yield
-        self.is_syncing = False  # not if it fails: `is_lost` wants to know
 
     def backward(self, outputs: Sequence[Tensor], grads: Sequence[Tensor], *, sync: bool) -> None:
         """Push cached gradients through the graph of one call (or of several at once), if it has any."""

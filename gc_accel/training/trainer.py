@@ -5,6 +5,7 @@ library's. Own are the step (a batch in, gradients of the whole batch on the wei
 batches, evaluation over all pairs, and saving in the model's own format.
 """
 
+import math
 import os
 import time
 from collections import defaultdict
@@ -22,7 +23,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from gc_accel.chunking import batch_size, call, split_streams
+from gc_accel.chunking import batch_size, call, slice_inputs, split_streams
 from gc_accel.data import ChunkedLoader, ImageTextCollator, StreamLoader
 from gc_accel.data.padding import padding_is_inert
 from gc_accel.distributed import GlobalLoss, RankedBatch
@@ -32,6 +33,7 @@ from gc_accel.evaluation import retrieval_metrics
 from gc_accel.gradient_cache import GradientCache
 from gc_accel.losses import LOSSES
 from gc_accel.memory import peak_memory_mib
+from gc_accel.recovery import is_out_of_memory
 from gc_accel.training.arguments import CachedContrastiveArguments
 from gc_accel.training.callbacks import StepCallback
 from gc_accel.training.chunk_sizes import RunChunkSizes
@@ -83,6 +85,7 @@ class CachedContrastiveTrainer(Trainer):
         if data_collator is None:
             data_collator = _collator_of(processing_class)
         model = _encoder_of(model, data_collator)
+        _pad_as_needed(model, data_collator)
         if args.n_gpu > 1:
             args._n_gpu = 1  # DataParallel would cut every chunk; further GPUs come by `accelerate launch`
         super().__init__(
@@ -95,7 +98,7 @@ class CachedContrastiveTrainer(Trainer):
             compute_metrics=compute_metrics or retrieval_of_pairs,
             **kwargs,
         )
-        self.loss: Any = prepared(_loss_of(loss, model), model, args.device)
+        self.loss: Any = prepared(_named_loss(loss, model), model, args.device)
         self.global_names = tuple(getattr(model, "global_names", ()))
         self.shared: Representations = {}  # the globals of the latest call, for the logs
         model.register_forward_hook(self._note_globals)
@@ -147,8 +150,7 @@ class CachedContrastiveTrainer(Trainer):
             return inputs  # no rank has the whole encoder
         chunks = iter(inputs)
         first = next(chunks)
-        drift = representation_drift(model, first, self.args.device)
-        if not drift <= DRIFT_TOLERANCE:
+        if (drift := self._drift(model, first)) > DRIFT_TOLERANCE:
             logger.warning(
                 "The encoder gave other representations of the same chunk when it encoded it again (relative "
                 "difference %.1e), so gradients are not exact. Random numbers that are not torch's, or a state that "
@@ -164,6 +166,18 @@ class CachedContrastiveTrainer(Trainer):
             print(report)
             report.save(os.path.join(self.args.output_dir, "equivalence"))
         return batch
+
+    def _drift(self, model: nn.Module, chunk: Any) -> float:
+        """Of as many samples as the encoder sees at once; 0 without memory for them, which the step deals with."""
+        sizes = self.chunk_sizes.of_encoder
+        fewest = sizes if isinstance(sizes, int) else min(sizes.values())
+        try:
+            drift = representation_drift(model, slice_inputs(chunk, 0, fewest), self.args.device)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return 0.0
+        return math.inf if math.isnan(drift) else drift
 
     def get_train_dataloader(self) -> DataLoader:
         """A `ChunkedLoader` with as many batches per epoch as `drop_last` leaves of the data set; or of a stream."""
@@ -330,17 +344,21 @@ def _collator_of(processor: ProcessorMixin | None) -> ImageTextCollator:
 
 
 def _encoder_of(model: Any, collator: Any) -> Any:
-    """An encoder with streams, of a model as published, whose captions are padded as far as it has to be."""
-    if not hasattr(model, "streams"):
-        mean, std = getattr(collator, "statistics", (None, None))
-        model = DualEncoder(model, image_mean=mean, image_std=std)
-    tokenizes = "text" in model.streams and isinstance(collator, ImageTextCollator)
-    if tokenizes and not padding_is_inert(model, collator):
+    """An encoder with streams; of a model as published, one that normalises images as its processor would."""
+    if hasattr(model, "streams"):
+        return model
+    mean, std = getattr(collator, "statistics", (None, None))
+    return DualEncoder(model, image_mean=mean, image_std=std)
+
+
+def _pad_as_needed(encoder: Any, collator: Any) -> None:
+    """Have captions padded to the maximum, if their chunk's own width would change what the encoder makes of them."""
+    tokenizes = "text" in encoder.streams and isinstance(collator, ImageTextCollator)
+    if tokenizes and not padding_is_inert(encoder, collator):
         collator.padding = "max_length"
-    return model
 
 
-def _loss_of(loss: str | Callable[..., Tensor] | None, encoder: Any) -> Callable[..., Tensor]:
+def _named_loss(loss: str | Callable[..., Tensor] | None, encoder: Any) -> Callable[..., Tensor]:
     """The loss by its name, or by what the encoder is made for."""
     if loss is None and set(encoder.streams) != {"image", "text"}:
         raise ValueError(f"expected a loss for an encoder of {list(encoder.streams)}, got None: pass one")
