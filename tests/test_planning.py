@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTModel
 
 from gc_accel import GradientCache, VisionEncoder
-from gc_accel.chunk_fitting import CALLS_OF, WORTH, largest_chunk
+from gc_accel.chunk_fitting import CALLS_OF, WORTH, fit_chunk_size, largest_chunk
+from gc_accel.distributed import Replicas
 from gc_accel.losses import CLIPLoss, NTXentLoss
 from gc_accel.memory import LiveBytes
 from gc_accel.packing import Packed
@@ -491,3 +492,56 @@ def test_a_plain_module_over_one_tensor():
     found = plan(nn.Linear(7, 5), torch.zeros(2, 7), 8, memory=MUCH)
     assert (found.suggested_chunk_size, found.suggested_retain) == (8, "all")
     assert found.bytes["first pass"]["inputs"] == 8 * 7 * 4
+
+
+class TestBudget:
+    """`memory_budget` and `forward_chunk_size` as the cache has them."""
+
+    def test_graphs_within_bytes(self):
+        step = step_of(vit(), two_views(1), 64)
+        budget = 2.5 * step.retained(4, 1)
+        assert step.peak_of_chunk(4) < budget < step.peak_of_chunk(16)
+        found = plan(vit(), two_views(1), 64, chunk_size=4, retain="auto", memory=MUCH, memory_budget=budget)
+        assert found.retain == 2
+        assert step.retained(4, 2) <= budget < step.retained(4, 3)
+        assert found.suggested_chunk_size > 0, "the budget is not one for the chunk"
+        assert step.retained(found.suggested_chunk_size, found.suggested_retain) <= budget
+        tight = {"chunk_size": 4, "memory": MUCH, "memory_budget": 0.9 * step.retained(4, 1)}
+        assert plan(vit(), two_views(1), 64, retain="auto", **tight).retain == 1
+        assert plan(vit(), two_views(1), 64, **tight).retain == 0
+        everything = plan(vit(), two_views(1), 64, chunk_size=4, retain="auto", memory=MUCH)
+        assert everything.retain == "all"
+
+    def test_a_chunk_within_bytes_is_the_one_that_is_measured(self):
+        encoder, sample, run = vit(), two_views(4), {"chunk_size": "auto", "memory": MUCH}
+        step = step_of(encoder, sample, 64)
+        for size in (11, 40):
+            budget = step.peak_of_chunk(size)
+            planned = plan(encoder, sample, 64, memory_budget=budget, **run)
+            measured = fit_chunk_size(sample, Replicas(encoder, None), budget, most=64)
+            assert measured == pytest.approx(planned.chunk_size, rel=0.2)
+            assert planned.chunk_size == pytest.approx(size, rel=0.1)
+            assert step.peak_of_chunk(planned.suggested_chunk_size) <= budget
+        assert plan(encoder, sample, 64, **run).chunk_size == 64
+        assert plan(encoder, sample, 64, chunk_size="auto", memory=KIB).chunk_size == 1
+
+    def test_a_fraction_of_the_memory(self):
+        step = step_of(vit(), two_views(1), 64)
+        memory = 2 * step.peak(4, 3)
+        half = plan(vit(), two_views(1), 64, chunk_size=4, memory=memory, memory_budget=0.5)
+        assert half.retain == 3
+        assert half.peak <= memory / 2
+
+    def test_calls_of_the_first_pass(self):
+        encoder = DryRun(vit(), two_views(1), CPU, None)
+        one, by_default, twelve, more = (
+            Step(encoder, 64, 1, 2, on_host=False, forward_chunk_size=size).memory(4, 0)["first pass"][
+                "inputs"
+            ]
+            for size in (1, None, 12, 23)
+        )
+        assert (by_default, twelve, more) == (4 * one, 3 * one, 5 * one)
+
+    def test_no_budget_of_nothing(self):
+        with pytest.raises(ValueError, match="memory_budget above 0, got 0"):
+            plan(vit(), two_views(1), 64, memory=MUCH, memory_budget=0)

@@ -7,8 +7,9 @@ import pytest
 from benchmarks.planning import measure_apart
 from gc_accel import DualEncoder
 from gc_accel.data import image_statistics, numbers_processor
+from gc_accel.losses import DistillationLoss
 from gc_accel.planning import plan
-from gc_accel.training.planning import plan_of
+from gc_accel.training.planning import plan_of, print_plan
 from tests.launching import QUICK, launch
 from tests.test_examples import SMALL
 from tests.test_trainer import clip_model, make_trainer
@@ -74,3 +75,36 @@ def test_the_plan_with_a_precomputed_tower_does_not_wait_for_it(tmp_path):
     assert "image_embeds" in last
     expected = plan(trainer.encoder, last, 40, chunk_size=3, retain=1)
     assert (found.bytes, found.flops) == (expected.bytes, expected.flops)
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
+def test_the_plan_has_the_budget_of_the_run(tmp_path):
+    options = {"per_device_train_batch_size": 40, "chunk_size": 4, "retain": "auto", "num_train_epochs": 1}
+    one = plan_of(make_trainer(tmp_path, **(options | {"retain": 1}))).bytes["first pass"]["retained graphs"]
+    trainer = make_trainer(tmp_path, memory_budget=3.5 * one, **options)
+    planned = plan_of(trainer)
+    assert planned.retain == 3
+    trainer.train()
+    costliest = next(iter(trainer.cache.retention.automatic))
+    assert trainer.cache.retention.automatic[costliest] // 4 == planned.retain
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"retain": "auto"}, 'expected a memory_budget in bytes along with retain="auto"'),
+        ({"precompute_frozen": True}, r"expected one frozen tower of several to precompute, got \[\]"),
+    ],
+)
+def test_what_a_run_refuses_is_not_planned(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        plan_of(make_trainer(tmp_path, **options))
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
+@pytest.mark.parametrize(("loss", "known"), [("clip", True), ("siglip", True), (DistillationLoss(), False)])
+def test_the_plan_says_whose_loss_it_has(tmp_path, capsys, loss, known):
+    print_plan(make_trainer(tmp_path, loss=loss))
+    printed = capsys.readouterr().out
+    assert "Suggested: chunk_size=" in printed
+    assert ("DistillationLoss may take another part" in printed) != known

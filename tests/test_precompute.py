@@ -350,7 +350,7 @@ def test_rows_are_not_sent_to_workers(tmp_path):
 
 class TestRefused:
     def test_no_frozen_tower(self, tmp_path):
-        with pytest.raises(ValueError, match=r"one frozen tower to precompute, got \[\]"):
+        with pytest.raises(ValueError, match=r"one frozen tower of several to precompute, got \[\]"):
             trained(tmp_path, encoder=make_encoder(freeze=()), precompute_frozen=True)
 
     def test_data_that_are_drawn_anew(self, tmp_path):

@@ -1,7 +1,8 @@
 """A plan of a step, before it is run: memory, FLOPs, communication, and which chunk and retain to take."""
 
+import math
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
+from gc_accel.chunk_fitting import largest_chunk
 from gc_accel.chunking import Inputs
 from gc_accel.planning.dry_run import DryRun
 from gc_accel.planning.step import Parts, Retain, Step
@@ -74,11 +76,13 @@ def plan(
     devices: int = 1,
     memory: int | None = None,
     *,
-    chunk_size: int | None = None,
+    chunk_size: int | Literal["auto"] | None = None,
     retain: Retain | Literal["auto"] | None = None,
     autocast: torch.dtype | None = None,
     device: torch.device | str | None = None,
     optimizer_copies: int = 2,
+    memory_budget: float | None = None,
+    forward_chunk_size: int | None = None,
 ) -> Plan:
     """What a step of `GradientCache` will cost. Nothing is computed: a model of any size takes seconds.
 
@@ -89,21 +93,24 @@ def plan(
         batch_size: samples of the contrastive batch on one device.
         devices: number of processes, each with all weights.
         memory: bytes of one device; None: what the accelerator has, or what is free of the host's.
-        chunk_size: None: the suggested one.
-        retain: None or "auto": as many graphs as fit.
+        chunk_size: None: the suggested one. "auto": about the largest that fits, as the cache measures it.
+        retain: None or "auto": as many graphs as fit; with "auto" one at least, as the cache has it.
         autocast: dtype of mixed precision, such as `torch.bfloat16`.
         device: where the step will run; None: where the weights are, the CPU for those on "meta". For one that
             this machine does not have, such as "cuda", the CPU stands in, whose fused attention keeps as much.
         optimizer_copies: tensors of a weight's size that the optimizer keeps of it: 2 for Adam.
+        memory_budget: of the cache: bytes for graphs that are retained, where their number is not given, and for a
+            chunk, where its size is not; or, up to 1, the fraction of `memory` to fill.
+        forward_chunk_size: of the cache: samples of a call of the first pass.
 
     Raises:
-        ValueError: sizes or memory below 1, another `retain`; an encoder whose shapes depend on values; None for
-            the memory of a device that this machine does not have.
+        ValueError: sizes or memory below 1, a budget of 0, another `retain`; an encoder whose shapes depend on values;
+            None for the memory of a device that this machine does not have.
 
     Example:
         >>> print(plan(encoder, collator([dataset[0]]), batch_size=4096, memory=24 * 2**30))
     """
-    if min(batch_size, devices, 1 if chunk_size is None else chunk_size) < 1:
+    if min(batch_size, devices, chunk_size if isinstance(chunk_size, int) else 1) < 1:
         raise ValueError(
             f"expected sizes of at least 1, got a batch of {batch_size} on {devices} devices in chunks of {chunk_size}"
         )
@@ -111,16 +118,35 @@ def plan(
         raise ValueError(f"expected memory in bytes, at least 1, got {memory}")
     if not (retain in (None, "all", "auto") or (isinstance(retain, int) and retain >= 0)):
         raise ValueError(f'expected retain to be "all", "auto" or a number of chunks from 0, got {retain!r}')
+    if memory_budget is not None and memory_budget <= 0:
+        raise ValueError(f"expected a memory_budget above 0, got {memory_budget}")
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     place = _device_of(model) if device is None else torch.device(device)
     stand_in = place if torch.get_device_module(place).is_available() else torch.device("cpu")
     encoder = DryRun(model, sample, stand_in, autocast)
-    step = Step(encoder, batch_size, devices, optimizer_copies, on_host=place.type == "cpu")
+    step = Step(
+        encoder,
+        batch_size,
+        devices,
+        optimizer_copies,
+        on_host=place.type == "cpu",
+        forward_chunk_size=forward_chunk_size,
+    )
     memory = _memory_of(place, devices) if memory is None else memory
-    best_size, best_retain = suggest(step, FILL * memory)
+    fraction, room = FILL, math.inf
+    if memory_budget is not None:
+        fraction, room = (memory_budget, math.inf) if memory_budget <= 1 else (FILL, memory_budget)
+    limit = fraction * memory
+    for_chunk = math.inf if isinstance(chunk_size, int) else room
+    best_size, best_retain = suggest(step, limit, room, for_chunk)
     best_peak = step.peak(best_size or 1, best_retain)
+    if chunk_size == "auto":
+        within = _largest(lambda size: step.peak(size, 0), limit, step)
+        chunk_size = min(within, _largest(step.peak_of_chunk, min(room, limit), step))
     size = chunk_size or best_size or 1
-    kept = most_retained(step, size, FILL * memory) if retain is None or retain == "auto" else retain
+    kept = most_retained(step, size, limit, room) if retain is None or retain == "auto" else retain
+    if retain == "auto":
+        kept = kept or 1  # the cache always keeps one, which costs nothing
     return Plan(
         batch_size,
         devices,
@@ -136,15 +162,23 @@ def plan(
     )
 
 
-def suggest(step: Step, limit: float) -> tuple[int, Retain]:
+def suggest(
+    step: Step, limit: float, room: float = math.inf, for_chunk: float = math.inf
+) -> tuple[int, Retain]:
     """The chunk and the number of retained graphs to take with so many bytes; a chunk of 0 if none fits.
+
+    Args:
+        limit: bytes of a device at most.
+        room: bytes at most of retained graphs.
+        for_chunk: bytes at most of a chunk.
 
     Retained graphs spare their chunks a second forward, and many small ones fill memory better than one large;
     large chunks keep the device busy. So the largest chunk with about the fewest FLOPs is taken.
     """
     sizes = list(_sizes(step.batch_size))
     fitting = sizes[: bisect_right(sizes, limit, key=lambda size: step.peak(size, 0))]
-    options = [(size, most_retained(step, size, limit)) for size in fitting[-SIZES:]]
+    fitting = fitting[: bisect_right(fitting, for_chunk, key=step.peak_of_chunk)]
+    options = [(size, most_retained(step, size, limit, room)) for size in fitting[-SIZES:]]
     if not options:
         return 0, 0
     flops = {option: sum(step.flops(*option).values()) for option in options}
@@ -152,14 +186,23 @@ def suggest(step: Step, limit: float) -> tuple[int, Retain]:
     return max(option for option in options if flops[option] <= (1 + TOLERANCE) * least)
 
 
-def most_retained(step: Step, chunk_size: int, limit: float) -> Retain:
-    """The largest number of graphs that fit, or "all"."""
-    if step.peak(chunk_size, "all") <= limit:
+def _largest(peak: Callable[[int], float], limit: float, step: Step) -> int:
+    """About the largest chunk whose peak stays within a limit; one sample, if none does."""
+    return max(1, largest_chunk(peak, limit, step.batch_size))
+
+
+def most_retained(step: Step, chunk_size: int, limit: float, room: float = math.inf) -> Retain:
+    """The largest number of graphs that fit, or "all"; see `suggest`."""
+
+    def fits(retain: Retain) -> bool:
+        return step.peak(chunk_size, retain) <= limit and step.retained(chunk_size, retain) <= room
+
+    if fits("all"):
         return "all"
     low, high = 0, -(-step.batch_size // chunk_size)  # fits, does not fit
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if step.peak(chunk_size, middle) <= limit else (low, middle)
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return low
 
 

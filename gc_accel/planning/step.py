@@ -50,13 +50,22 @@ class Step:
         encoder: the dry run of the encoder.
         optimizer_copies: tensors of a weight's size that the optimizer keeps of each weight that trains.
         on_host: whether the device is the CPU.
+        forward_chunk_size: samples of a call of the first pass; None: of some chunks (`chunks_per_call`).
     """
 
     def __init__(
-        self, encoder: DryRun, batch_size: int, devices: int, optimizer_copies: int, *, on_host: bool
+        self,
+        encoder: DryRun,
+        batch_size: int,
+        devices: int,
+        optimizer_copies: int,
+        *,
+        on_host: bool,
+        forward_chunk_size: int | None = None,
     ) -> None:
         self.encoder, self.batch_size, self.devices = encoder, batch_size, devices
         self.on_host, self.chunks_per_call = on_host, chunks_per_call(encoder.model, on_host=on_host)
+        self.forward_chunk_size = forward_chunk_size
         frozen = getattr(encoder.model, "frozen_streams", ())
         self.trained = [name for name in encoder.streams if name not in frozen] or list(encoder.streams)
         self.work = {name: encoder.work(name) for name in encoder.streams}
@@ -107,6 +116,19 @@ class Step:
         """Bytes of one device at most."""
         return max(sum(parts.values()) for parts in self.memory(chunk_size, retain).values())
 
+    def retained(self, chunk_size: int, retain: Retain) -> int:
+        """Bytes of all graphs that are retained."""
+        return self._graphs(self.calls(chunk_size, retain))
+
+    def peak_of_chunk(self, chunk_size: int) -> int:
+        """What `chunk_fitting` holds against a budget: beside weights on the host, without the batch."""
+        besides = {"inputs", "representations", *(["weights"] if self.on_host else [])}
+        stages = self.memory(chunk_size, 0)
+        return max(
+            sum(nbytes for part, nbytes in stages[stage].items() if part not in besides)
+            for stage in (FIRST, SECOND)
+        )
+
     def flops(self, chunk_size: int, retain: Retain) -> dict[str, float]:
         """FLOPs of one device by stage."""
         calls, batch = self.calls(chunk_size, retain), self.batch_size
@@ -122,6 +144,11 @@ class Step:
     def sent(self) -> dict[str, int]:
         """Bytes that one device sends in a step, by what they are."""
         return self.loss.sent | {"gradients": ring_all_reduce(self.gradients, self.devices)}
+
+    def _together(self, chunk_size: int) -> int:
+        """Samples of a call of the first pass: whole chunks."""
+        given = (self.forward_chunk_size or 0) // chunk_size
+        return chunk_size * max(1, given if self.forward_chunk_size else self.chunks_per_call)
 
     def _graphs(self, calls: Calls) -> int:
         """Bytes of all retained graphs."""
@@ -145,7 +172,7 @@ class Step:
                 before -= last.graph
                 peaks.append(before + last.building)
             if without := [*(Counter(sizes) - Counter(kept)).elements()]:
-                together = min(self.chunks_per_call * max(without), sum(without))
+                together = min(self._together(max(without)), sum(without))
                 peaks.append(before + self.encoder.forward({name: together}))
                 peaks.append(graphs + self.encoder.forward({name: sizes[-1]}))  # when all graphs are there
         return max(peaks)
@@ -173,7 +200,7 @@ class Step:
     def _inputs(self, chunk_size: int, calls: Calls) -> int:
         """Bytes of inputs on the device."""
         graphs = sum(map(sum, calls.retained.values()))
-        at_work = self.batch_size if self.on_host else self.chunks_per_call * chunk_size + graphs
+        at_work = self.batch_size if self.on_host else self._together(chunk_size) + graphs
         return min(at_work, self.batch_size) * self.encoder.sample_bytes
 
 

@@ -65,11 +65,7 @@ def precompute(
             sharded; a representation is not finite.
     """
     dataset = dataset.dataset if isinstance(dataset, PrecomputedDataset) else dataset
-    frozen = sorted(encoder.frozen_streams)
-    if len(frozen) != 1:
-        raise ValueError(
-            f"expected one frozen tower to precompute, got {frozen}: freeze the image or the text tower"
-        )
+    part = frozen_tower(encoder)
     if not isinstance(dataset, Precomputable):
         raise ValueError(
             f"expected a data set that is the same in every epoch, with `without` and `fingerprint`, got "
@@ -77,7 +73,6 @@ def precompute(
         )
     if accelerator.distributed_type in SHARDING:
         raise ValueError(f"expected whole towers on every rank, got {accelerator.distributed_type}: use DDP")
-    part = frozen[0]
     path = Path(folder) / f"{part}-{fingerprint(encoder, dataset, collator, accelerator, part)}.npy"
     path, found = broadcast_object_list([path, path.is_file()])  # what the first rank saw
     if not found:
@@ -87,6 +82,21 @@ def precompute(
         with in_mode(encoder, False):
             _write(path, _tower(encoder, part, accelerator), loader, accelerator, progress)
     return PrecomputedDataset(dataset, part, path)
+
+
+def frozen_tower(encoder: Any) -> str:
+    """The stream of the one tower that does not train.
+
+    Raises:
+        ValueError: there is none, or nothing else.
+    """
+    frozen = sorted(encoder.frozen_streams)
+    if len(encoder.streams) == 1 or len(frozen) != 1:
+        raise ValueError(
+            f"expected one frozen tower of several to precompute, got {frozen} of {list(encoder.streams)}: freeze the "
+            "image or the text tower of an image-text model, or leave precompute_frozen off"
+        )
+    return frozen[0]
 
 
 def fingerprint(
