@@ -34,8 +34,16 @@ from gc_accel.chunking import Inputs, batch_size, call, named, select, split_str
 from gc_accel.modules import in_mode
 
 MASK, POSITIONS = "attention_mask", "position_ids"
-ALONG = ("input_ids", MASK, POSITIONS, "token_type_ids", "mm_token_type_ids")  # what has one value per token
-VECTORS = ("inputs_embeds",)  # what has a vector per token
+ALONG = (  # what has one value per token
+    "input_ids",
+    MASK,
+    POSITIONS,
+    "token_type_ids",
+    "mm_token_type_ids",
+    "special_tokens_mask",
+    "global_attention_mask",
+)
+VECTORS = ("inputs_embeds", "bbox")  # what has a vector per token
 TOLERANCE = 1e-4  # relative difference of representations that rounding explains
 
 

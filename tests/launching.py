@@ -2,11 +2,13 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +31,17 @@ def launch(script, *arguments, config="cpu.yaml", check=True):
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert not check or run.returncode == 0, run.stderr[-3000:]
     return run
+
+
+def run_here(script, *flags, monkeypatch):
+    """An example with its command line, in this process, which has imported everything."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
+    threads = torch.get_num_threads()
+    try:
+        runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
 
 
 def metrics(folder):

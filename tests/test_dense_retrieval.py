@@ -31,7 +31,7 @@ from gc_accel.evaluation.ranking import baseline_metrics, pair_ranks, ranking_me
 from gc_accel.losses import tiling
 from gc_accel.losses.retrieval import RetrievalLoss
 from tests.comparing import assert_equal, gradients
-from tests.launching import ROOT, assert_drawn, launch
+from tests.launching import ROOT, assert_drawn, launch, run_here
 from tests.ranks import run_on_ranks
 
 WORDS = {number_in_words(n): n for n in range(10_000)}
@@ -658,6 +658,17 @@ def test_rows_of_ones_own_by_a_yaml_file_fine_tune_a_saved_model(tmp_path):
         "--no_tied", "--batch_size", "32",
     )  # fmt: skip
     assert {"query", "passage"} <= {path.name for path in (tmp_path / "more").iterdir()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_step_on_rows_of_every_kind(tmp_path, monkeypatch, kind):
+    flags = ["--dataset", write_rows(tmp_path, kind), "--negatives_column", "negatives", "--negatives", "1"]
+    sizes = ["--batch_size", "32", "--eval_size", "8", "--num_train_epochs", "1"]
+    run_here("dense_retrieval.py", "--output_dir", tmp_path / "out", *flags, *sizes, monkeypatch=monkeypatch)
+    assert len(losses_of(tmp_path / "out")) == 1
+    assert results_of(tmp_path / "out")["corpus"] > 8
+    assert (tmp_path / "out/model.safetensors").exists()
 
 
 @pytest.mark.slow

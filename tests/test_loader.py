@@ -1,5 +1,7 @@
 """The loader of lazy batches: same samples whatever the ranks, nothing loaded before it is read, exact skipping."""
 
+import time
+
 import pytest
 import torch
 from accelerate import skip_first_batches
@@ -161,3 +163,37 @@ def test_data_set_smaller_than_the_global_batch_is_refused():
         BatchPlan(23, 6, 4, world_size=4)
     with pytest.raises(ValueError, match="chunk size of at least 1"):
         BatchPlan(23, 6, 0)
+
+
+class Counted(Rows):
+    """Counts what is read, in whatever process."""
+
+    def __init__(self, size):
+        super().__init__(size)
+        self.count = torch.zeros(1, dtype=torch.long).share_memory_()
+
+    def __getitem__(self, index):
+        self.count += 1
+        return index
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_workers_load_the_next_chunks_while_one_is_encoded(num_workers):
+    dataset = Counted(64)
+    ahead = {"num_workers": num_workers, "prefetch_factor": 3 if num_workers else None}
+    loader = ChunkedLoader(dataset, BatchPlan(64, 64, 4), torch.tensor, **ahead)
+    for batch in loader:
+        chunks = iter(batch)
+        next(chunks)  # which is now encoded
+        expected, deadline = 4 if num_workers == 0 else 16, time.monotonic() + 30
+        while dataset.count < expected and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert dataset.count == expected
+        assert len(list(chunks)) == 15
+
+
+def test_options_of_loading_reach_the_loader():
+    options = {"num_workers": 1, "prefetch_factor": 5, "persistent_workers": True, "pin_memory": True}
+    loader = ChunkedLoader(Rows(8), BatchPlan(8, 8, 4), torch.tensor, **options)
+    assert {name: getattr(loader.batches.chunk_loader, name) for name in options} == options

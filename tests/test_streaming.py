@@ -3,8 +3,6 @@
 import gzip
 import io
 import json
-import runpy
-import sys
 import tarfile
 import zipfile
 from functools import cache, partial
@@ -37,7 +35,7 @@ from gc_accel.data import (
 from gc_accel.data.rows import stream_of, take_rows
 from gc_accel.data.splits import SplitArguments, check_streaming, load_splits
 from gc_accel.losses import CLIPLoss
-from tests.launching import ROOT, launch, metrics, training_log
+from tests.launching import launch, metrics, run_here, training_log
 from tests.ranks import run_on_ranks
 
 pytestmark = [
@@ -808,17 +806,6 @@ def write_source(name, folder):
             ".parquet": table.to_parquet,
         }
         write[f".{name.partition('.')[2]}"](photos / name)
-
-
-def run_here(script, *flags, monkeypatch):
-    """An example with its command line, in this process, which has imported everything."""
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
-    threads = torch.get_num_threads()
-    try:
-        runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
-    finally:
-        torch.set_num_threads(threads)
 
 
 def assert_trained_one_step(output, *, streamed):

@@ -232,6 +232,14 @@ def test_vectors_of_tokens_are_trimmed_like_their_mask():
     assert found["inputs_embeds"].shape == (2, 2, 3, 5)
 
 
+@pytest.mark.parametrize("name", ["special_tokens_mask", "global_attention_mask", "bbox"])
+def test_all_that_a_tokenizer_makes_is_trimmed(name):
+    batch = batch_of([3, 2], width=8)
+    values = torch.arange(16).view(2, 8)
+    values = torch.stack([values] * 4, 2) if name == "bbox" else values
+    assert torch.equal(trim_padding(batch | {name: values})[name], values[:, :3])
+
+
 def test_a_text_without_tokens_keeps_its_padding():
     batch = batch_of([0, 3, 2], width=6)
     assert trim_padding(batch)["input_ids"].shape == (3, 6)
