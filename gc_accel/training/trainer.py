@@ -24,19 +24,17 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from gc_accel.chunking import batch_size, call, slice_inputs, split_streams
-from gc_accel.data import ChunkedLoader, ImageTextCollator, StreamLoader
-from gc_accel.data.padding import padding_is_inert
+from gc_accel.data import ChunkedLoader, StreamLoader
 from gc_accel.distributed import GlobalLoss, RankedBatch
-from gc_accel.encoders import DualEncoder
 from gc_accel.equivalence import check_equivalence_chunks, representation_drift
 from gc_accel.evaluation import retrieval_metrics
 from gc_accel.gradient_cache import GradientCache
-from gc_accel.losses import LOSSES
 from gc_accel.memory import peak_memory_mib
 from gc_accel.recovery import is_out_of_memory
 from gc_accel.training.arguments import CachedContrastiveArguments
 from gc_accel.training.callbacks import StepCallback
 from gc_accel.training.chunk_sizes import RunChunkSizes
+from gc_accel.training.defaults import collator_of, encoder_of, named_loss, pad_as_needed
 from gc_accel.training.loader import training_loader
 from gc_accel.training.loss_state import load_loss, prepared, save_loss
 from gc_accel.training.precomputing import precompute
@@ -83,9 +81,9 @@ class CachedContrastiveTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         if data_collator is None:
-            data_collator = _collator_of(processing_class)
-        model = _encoder_of(model, data_collator)
-        _pad_as_needed(model, data_collator)
+            data_collator = collator_of(processing_class)
+        model = encoder_of(model, data_collator)
+        pad_as_needed(model, data_collator)
         if args.n_gpu > 1:
             args._n_gpu = 1  # DataParallel would cut every chunk; further GPUs come by `accelerate launch`
         super().__init__(
@@ -98,7 +96,7 @@ class CachedContrastiveTrainer(Trainer):
             compute_metrics=compute_metrics or retrieval_of_pairs,
             **kwargs,
         )
-        self.loss: Any = prepared(_named_loss(loss, model), model, args.device)
+        self.loss: Any = prepared(named_loss(loss, model), model, args.device)
         self.global_names = tuple(getattr(model, "global_names", ()))
         self.shared: Representations = {}  # the globals of the latest call, for the logs
         model.register_forward_hook(self._note_globals)
@@ -335,35 +333,3 @@ class CachedContrastiveTrainer(Trainer):
 def retrieval_of_pairs(reps: Representations) -> dict[str, float]:
     """Retrieval of texts by images and of images by texts, over the whole evaluation set."""
     return retrieval_metrics(reps["image"], reps["text"], labels=reps.get("labels"))
-
-
-def _collator_of(processor: ProcessorMixin | None) -> ImageTextCollator:
-    if processor is None:
-        raise ValueError("expected a processing_class or a data_collator, got neither: pass one")
-    return ImageTextCollator(processor)
-
-
-def _encoder_of(model: Any, collator: Any) -> Any:
-    """An encoder with streams; of a model as published, one that normalises images as its processor would."""
-    if hasattr(model, "streams"):
-        return model
-    mean, std = getattr(collator, "statistics", (None, None))
-    return DualEncoder(model, image_mean=mean, image_std=std)
-
-
-def _pad_as_needed(encoder: Any, collator: Any) -> None:
-    """Have captions padded to the maximum, if their chunk's own width would change what the encoder makes of them."""
-    tokenizes = "text" in encoder.streams and isinstance(collator, ImageTextCollator)
-    if tokenizes and not padding_is_inert(encoder, collator):
-        collator.padding = "max_length"
-
-
-def _named_loss(loss: str | Callable[..., Tensor] | None, encoder: Any) -> Callable[..., Tensor]:
-    """The loss by its name, or by what the encoder is made for."""
-    if loss is None and set(encoder.streams) != {"image", "text"}:
-        raise ValueError(f"expected a loss for an encoder of {list(encoder.streams)}, got None: pass one")
-    if loss is None:
-        loss = "siglip" if "logit_bias" in getattr(encoder, "global_names", ()) else "clip"
-    if isinstance(loss, str) and loss not in LOSSES:
-        raise ValueError(f"expected a loss among {sorted(LOSSES)} or a callable, got {loss!r}")
-    return LOSSES[loss]() if isinstance(loss, str) else loss
