@@ -29,7 +29,7 @@ from gc_accel import GradientCache, VisionEncoder
 from gc_accel.losses import SupConLoss
 from gc_accel.planning import plan
 from gc_accel.planning.dry_run import DryRun
-from gc_accel.planning.plan import FILL, suggest
+from gc_accel.planning.plan import FILL, Room, suggest
 from gc_accel.planning.step import Step
 
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "high_resolution.png"
@@ -173,7 +173,7 @@ def print_advice(checkpointing: bool) -> None:
                 encoder = encoder_of(width, layers, heads, side=side, patch=16, checkpointing=checkpointing)
             run = DryRun(encoder, images(1, side), torch.device("cpu"), torch.bfloat16)
             step = Step(run, ADVISED_BATCH, devices=1, optimizer_copies=2, on_host=False)
-            found = (suggest(step, FILL * memory * GIB) for memory in MEMORY)
+            found = (suggest(step, Room(FILL * memory * GIB)) for memory in MEMORY)
             cells = (f"{chunk}, {retain}" if chunk else "does not fit" for chunk, retain in found)
             print(f"| {name} at {side} | {' | '.join(cells)} |", flush=True)
 

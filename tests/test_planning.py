@@ -22,7 +22,7 @@ from gc_accel.packing import Packed
 from gc_accel.planning import plan
 from gc_accel.planning.dry_run import Cost, DryRun
 from gc_accel.planning.loss import loss_cost
-from gc_accel.planning.plan import FILL, most_retained, suggest
+from gc_accel.planning.plan import FILL, Room, most_retained, suggest
 from gc_accel.planning.step import Calls, Step, first_and_last
 from tests.models import dual_encoder, image_text_batch
 from tests.ranks import run_on_ranks
@@ -269,12 +269,12 @@ def test_the_suggestion_fits_and_wastes_nothing():
     }
     seen = set()
     for limit in limits:
-        chunk, retain = suggest(step, limit)
+        chunk, retain = suggest(step, Room(limit))
         seen.add((chunk, retain))
         assert step.peak(chunk, retain) <= limit
         work = sum(step.flops(chunk, retain).values())
         options = {
-            (size, most_retained(step, size, limit))
+            (size, most_retained(step, size, Room(limit)))
             for size in (1, 2, 4, 8, 16, 32, 64)
             if step.peak(size, 0) <= limit
         }

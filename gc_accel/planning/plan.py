@@ -1,10 +1,10 @@
 """A plan of a step, before it is run: memory, FLOPs, communication, and which chunk and retain to take."""
 
 import math
-from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from itertools import takewhile
+from typing import Any, Literal, NamedTuple
 
 import psutil
 import torch
@@ -133,18 +133,13 @@ def plan(
         forward_chunk_size=forward_chunk_size,
     )
     memory = _memory_of(place, devices) if memory is None else memory
-    fraction, room = FILL, math.inf
-    if memory_budget is not None:
-        fraction, room = (memory_budget, math.inf) if memory_budget <= 1 else (FILL, memory_budget)
-    limit = fraction * memory
-    for_chunk = math.inf if isinstance(chunk_size, int) else room
-    best_size, best_retain = suggest(step, limit, room, for_chunk)
+    room = _room(memory, memory_budget, for_chunk=not isinstance(chunk_size, int))
+    best_size, best_retain = suggest(step, room)
     best_peak = step.peak(best_size or 1, best_retain)
     if chunk_size == "auto":
-        within = _largest(lambda size: step.peak(size, 0), limit, step)
-        chunk_size = min(within, _largest(step.peak_of_chunk, min(room, limit), step))
+        chunk_size = largest_chunk(lambda size: room.taken(step, size, 0), room.total, batch_size)
     size = chunk_size or best_size or 1
-    kept = most_retained(step, size, limit, room) if retain is None or retain == "auto" else retain
+    kept = most_retained(step, size, room) if retain is None or retain == "auto" else retain
     if retain == "auto":
         kept = kept or 1  # the cache always keeps one, which costs nothing
     return Plan(
@@ -162,23 +157,34 @@ def plan(
     )
 
 
-def suggest(
-    step: Step, limit: float, room: float = math.inf, for_chunk: float = math.inf
-) -> tuple[int, Retain]:
-    """The chunk and the number of retained graphs to take with so many bytes; a chunk of 0 if none fits.
+class Room(NamedTuple):
+    """Bytes that a step may take: of a device, for retained graphs, for a chunk (`Step.peak_of_chunk`)."""
 
-    Args:
-        limit: bytes of a device at most.
-        room: bytes at most of retained graphs.
-        for_chunk: bytes at most of a chunk.
+    total: float
+    graphs: float = math.inf
+    chunk: float = math.inf
+
+    def taken(self, step: Step, chunk_size: int, retain: Retain) -> float:
+        """What a step takes, as a part of `total`: of whichever it takes the largest part."""
+        return max(
+            step.peak(chunk_size, retain),
+            self.total * step.retained(chunk_size, retain) / self.graphs,
+            self.total * step.peak_of_chunk(chunk_size) / self.chunk,
+        )
+
+    def has(self, step: Step, chunk_size: int, retain: Retain) -> bool:
+        """Whether a step fits."""
+        return self.taken(step, chunk_size, retain) <= self.total
+
+
+def suggest(step: Step, room: Room) -> tuple[int, Retain]:
+    """The chunk and the number of retained graphs to take; a chunk of 0 if none fits.
 
     Retained graphs spare their chunks a second forward, and many small ones fill memory better than one large;
     large chunks keep the device busy. So the largest chunk with about the fewest FLOPs is taken.
     """
-    sizes = list(_sizes(step.batch_size))
-    fitting = sizes[: bisect_right(sizes, limit, key=lambda size: step.peak(size, 0))]
-    fitting = fitting[: bisect_right(fitting, for_chunk, key=step.peak_of_chunk)]
-    options = [(size, most_retained(step, size, limit, room)) for size in fitting[-SIZES:]]
+    fitting = list(takewhile(lambda size: room.has(step, size, 0), _sizes(step.batch_size)))
+    options = [(size, most_retained(step, size, room)) for size in fitting[-SIZES:]]
     if not options:
         return 0, 0
     flops = {option: sum(step.flops(*option).values()) for option in options}
@@ -186,24 +192,26 @@ def suggest(
     return max(option for option in options if flops[option] <= (1 + TOLERANCE) * least)
 
 
-def _largest(peak: Callable[[int], float], limit: float, step: Step) -> int:
-    """About the largest chunk whose peak stays within a limit; one sample, if none does."""
-    return max(1, largest_chunk(peak, limit, step.batch_size))
-
-
-def most_retained(step: Step, chunk_size: int, limit: float, room: float = math.inf) -> Retain:
-    """The largest number of graphs that fit, or "all"; see `suggest`."""
-
-    def fits(retain: Retain) -> bool:
-        return step.peak(chunk_size, retain) <= limit and step.retained(chunk_size, retain) <= room
-
-    if fits("all"):
+def most_retained(step: Step, chunk_size: int, room: Room) -> Retain:
+    """The largest number of graphs that fit, or "all"."""
+    if room.has(step, chunk_size, "all"):
         return "all"
     low, high = 0, -(-step.batch_size // chunk_size)  # fits, does not fit
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        low, high = (middle, high) if room.has(step, chunk_size, middle) else (low, middle)
     return low
+
+
+def _room(memory: int, budget: float | None, *, for_chunk: bool) -> Room:
+    """Of a device with a `memory_budget`, which may be one for the chunk."""
+    if budget is None:
+        return Room(FILL * memory)
+    return (
+        Room(budget * memory)
+        if budget <= 1
+        else Room(FILL * memory, budget, budget if for_chunk else math.inf)
+    )
 
 
 def _sizes(batch_size: int) -> Iterator[int]:
