@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from transformers import HfArgumentParser
 
-LAST_WORKS = 0.2  # seconds, as measured (docs/log.md)
+LAST_WORKS = 1.0  # seconds, as measured (docs/log.md)
 
 
 def option(default: Any, text: str, **metadata: Any) -> Any:
