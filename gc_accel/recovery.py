@@ -3,7 +3,7 @@
 Gradients, buffers and random states go back to where the step began, on all ranks (`distributed/agreement.py`), so
 the new step equals one that began with the smaller chunk. Chunks that were read are kept by the step anyway.
 
-It cannot be taken back while ranks reduce gradients, in the synced call of a process among several, nor where
+It cannot be taken back once ranks reduce gradients, from the synced call of a process among several on, nor where
 parameters are sharded and every call is a collective one, nor in the second pass of an encoder that is a function,
 whose weights nobody knows for sure. There the error says what to set. Memory that runs out while a chunk is read is not
 the step's: a generator does not go on after an error, and what is left of the batch would be trained on without a word.

@@ -21,7 +21,7 @@ def features(size=SIZE, number=3):
     return F.normalize(views.flatten(2), dim=2).view_as(views).requires_grad_()
 
 
-def compare(got, expected, views, *args, **kwargs):
+def assert_same(got, expected, views, *args, **kwargs):
     values = [loss(views, *args, **kwargs) for loss in (got, expected)]
     torch.testing.assert_close(*values, rtol=1e-6, atol=0)
     grads = [{"views": torch.autograd.grad(value, views)[0]} for value in values]
@@ -43,7 +43,7 @@ def test_published_values_and_gradients(name, positives, mode):
     options = {"temperature": 0.2, "contrast_mode": mode, "base_temperature": 0.1}
     theirs = getattr(published_losses, name)(**options)
     ours = {"SupConLoss": SupConLoss, "ConLoss": ConLoss}[name](**options)
-    compare(ours, theirs, features(), **kwargs)
+    assert_same(ours, theirs, features(), **kwargs)
 
 
 @pytest.mark.parametrize("flag", ["selfcon_s_FG", "selfcon_m_FG"])
@@ -52,21 +52,21 @@ def test_flags_of_selfcon(positives, flag):
     mask = (labels()[:, None] == labels()).float()
     kwargs = {"none": {}, "labels": {"labels": labels()}, "mask": {"mask": mask}}[positives]
     views = features(2 * SIZE if flag == "selfcon_m_FG" else SIZE)
-    compare(ConLoss(), published_losses.ConLoss(), views, **kwargs, **{flag: True})
+    assert_same(ConLoss(), published_losses.ConLoss(), views, **kwargs, **{flag: True})
 
 
 def test_single_views_without_orphans():
-    compare(ConLoss(), published_losses.ConLoss(), features(number=1), labels=labels(), supcon_s=True)
+    assert_same(ConLoss(), published_losses.ConLoss(), features(number=1), labels=labels(), supcon_s=True)
     mask = (labels()[:, None] == labels()).float()
-    compare(ConLoss(), published_losses.ConLoss(), features(number=1), mask=mask, supcon_s=True)
+    assert_same(ConLoss(), published_losses.ConLoss(), features(number=1), mask=mask, supcon_s=True)
 
 
 def test_anchors_without_a_positive_are_zero_not_nan():
     views, mask = features(number=1), (labels()[:, None] == labels()).float()
     assert published_losses.ConLoss()(views, labels()).isnan()
-    compare(ConLoss(), published_losses.SupConLoss(), views, labels())
-    compare(SupConLoss(), published_losses.SupConLoss(), views, labels())
-    compare(SupConLoss(), published_losses.SupConLoss(), views, mask=mask)
+    assert_same(ConLoss(), published_losses.SupConLoss(), views, labels())
+    assert_same(SupConLoss(), published_losses.SupConLoss(), views, labels())
+    assert_same(SupConLoss(), published_losses.SupConLoss(), views, mask=mask)
 
 
 def test_refused():

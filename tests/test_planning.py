@@ -507,7 +507,10 @@ class TestBudget:
         assert found.suggested_chunk_size > 0, "the budget is not one for the chunk"
         assert step.retained(found.suggested_chunk_size, found.suggested_retain) <= budget
         tight = {"chunk_size": 4, "memory": MUCH, "memory_budget": 0.9 * step.retained(4, 1)}
-        assert plan(vit(), two_views(1), 64, retain="auto", **tight).retain == 1
+        found = plan(vit(), two_views(1), 64, retain="auto", **tight)
+        assert found.retain == 1
+        assert tight["memory_budget"] < step.peak_of_chunk(1)
+        assert found.suggested_chunk_size > 0, "the budget is not one for the chunk"
         assert plan(vit(), two_views(1), 64, **tight).retain == 0
         everything = plan(vit(), two_views(1), 64, chunk_size=4, retain="auto", memory=MUCH)
         assert everything.retain == "all"

@@ -5,7 +5,6 @@ library's. Own are the step (a batch in, gradients of the whole batch on the wei
 batches, evaluation over all pairs, and saving in the model's own format.
 """
 
-import math
 import os
 import time
 from collections import defaultdict
@@ -148,7 +147,8 @@ class CachedContrastiveTrainer(Trainer):
             return inputs  # no rank has the whole encoder
         chunks = iter(inputs)
         first = next(chunks)
-        if (drift := self._drift(model, first)) > DRIFT_TOLERANCE:
+        drift = self._drift(model, first)
+        if not drift <= DRIFT_TOLERANCE:
             logger.warning(
                 "The encoder gave other representations of the same chunk when it encoded it again (relative "
                 "difference %.1e), so gradients are not exact. Random numbers that are not torch's, or a state that "
@@ -170,12 +170,11 @@ class CachedContrastiveTrainer(Trainer):
         sizes = self.chunk_sizes.of_encoder
         fewest = sizes if isinstance(sizes, int) else min(sizes.values())
         try:
-            drift = representation_drift(model, slice_inputs(chunk, 0, fewest), self.args.device)
+            return representation_drift(model, slice_inputs(chunk, 0, fewest), self.args.device)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             return 0.0
-        return math.inf if math.isnan(drift) else drift
 
     def get_train_dataloader(self) -> DataLoader:
         """A `ChunkedLoader` with as many batches per epoch as `drop_last` leaves of the data set; or of a stream."""
