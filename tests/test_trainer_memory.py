@@ -71,10 +71,14 @@ def test_a_run_goes_on_with_smaller_chunks_and_resumes_with_them(tmp_path):
 def tight_model(most):
     """A model that has memory for the graph of so many images, and for any number without one."""
     model = clip_model(dropout=0.3)
+    model.tried = set()  # images in calls with a graph
 
     def check(_, args, kwargs):
         pixels = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
-        if torch.is_grad_enabled() and len(pixels) > most:
+        if not torch.is_grad_enabled():
+            return
+        model.tried.add(len(pixels))
+        if len(pixels) > most:
             raise torch.OutOfMemoryError(f"{len(pixels)} images")
 
     model.vision_model.register_forward_pre_hook(check, with_kwargs=True)
@@ -94,9 +98,11 @@ def test_a_run_begins_and_resumes_with_as_much_memory_as_a_step_takes(tmp_path, 
     run = make_trainer(tmp_path / "run", model=tight_model(most), **options)
     run.train()
     assert run.cache.chunk_sizes == {"image": found, "text": found}
+    assert max(run.encoder.model.tried) == options["chunk_size"], "the look takes no more than a step"
     resumed = make_trainer(tmp_path / "resumed", model=tight_model(most), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-3"))
     assert resumed.state.global_step == 6
+    assert max(resumed.encoder.model.tried) == found
     for name, value in weights(resumed).items():
         assert torch.equal(value, weights(run)[name]), name
 
