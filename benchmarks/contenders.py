@@ -27,9 +27,9 @@ from transformers import BatchEncoding
 
 from benchmarks.clips import Batch
 from gc_accel import DualEncoder, GradientCache
-from gc_accel.chunking import split, split_streams
+from gc_accel.inputs.nested import split, split_streams
+from gc_accel.inputs.trimming import length_sorted_chunks
 from gc_accel.losses import CLIPLoss
-from gc_accel.trimming import length_sorted_chunks
 
 Step = Callable[[Batch], Any]
 Make = Callable[..., Step]  # from an encoder and a chunk size

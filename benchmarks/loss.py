@@ -24,8 +24,8 @@ from open_clip.loss import SigLipLoss as OpenSigLipLoss
 from torch import Tensor
 
 from gc_accel.losses import CLIPLoss, NTXentLoss, SigLIPLoss, SupConLoss, dense
-from gc_accel.losses.classes import class_sums
-from gc_accel.memory import peak_memory_mib
+from gc_accel.losses.kernel.classes import class_sums
+from gc_accel.memory.meters import peak_memory_mib
 
 DIM = 512
 MEMORY_DIM = 64

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from benchmarks.clips import Batch
-from gc_accel.memory import LiveBytes
+from gc_accel.memory.meters import LiveBytes
 
 Loss = Callable[..., Tensor]
 # Keep what was freed, as the allocator of an accelerator does. By default glibc gives large blocks back at once and

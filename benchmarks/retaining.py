@@ -33,7 +33,7 @@ from benchmarks.measuring import (
 )
 from benchmarks.peers import LENGTH
 from gc_accel import DualEncoder
-from gc_accel.memory import SavedBytes
+from gc_accel.memory.meters import SavedBytes
 from gc_accel.pictures.png import save_png
 
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "retaining.png"

@@ -25,8 +25,6 @@ from torch.utils.data import Dataset
 from transformers import AutoModel, AutoProcessor, CLIPModel, set_seed
 
 from gc_accel import CachedContrastiveArguments, CachedContrastiveTrainer, DualEncoder
-from gc_accel.command_line import option, parse, run
-from gc_accel.cores import use_all_cores
 from gc_accel.data import (
     HandwrittenNumbers,
     ImageTextCollator,
@@ -37,11 +35,13 @@ from gc_accel.data import (
     numbers_config,
     numbers_processor,
 )
-from gc_accel.data.splits import SplitArguments, check_streaming, load_splits
 from gc_accel.evaluation import zero_shot_accuracy, zero_shot_classifier
 from gc_accel.pictures import retrieval_sheet, training_curve
+from gc_accel.programs.command_line import option, parse, run
+from gc_accel.programs.cores import use_all_cores
+from gc_accel.programs.planning import PlanArguments, print_plan
+from gc_accel.programs.splits import SplitArguments, check_streaming, load_splits
 from gc_accel.training import retrieval_of_pairs
-from gc_accel.training.planning import PlanArguments, print_plan
 
 BUILT_IN = "numbers"
 OPEN_CLIP = "open_clip:"

@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 from transformers import CLIPModel, get_cosine_schedule_with_warmup
 
 from gc_accel import DualEncoder, GradientCache
-from gc_accel.cores import use_all_cores
 from gc_accel.data import (
     BatchPlan,
     ChunkedLoader,
@@ -26,6 +25,7 @@ from gc_accel.data import (
 )
 from gc_accel.evaluation import retrieval_metrics
 from gc_accel.losses import CLIPLoss
+from gc_accel.programs.cores import use_all_cores
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--output_dir", default="outputs/clip_no_trainer", help="Where the model is saved.")

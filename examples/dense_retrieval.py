@@ -25,16 +25,16 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
 from gc_accel import GradientCache
-from gc_accel.command_line import option, parse, run
-from gc_accel.cores import use_all_cores
 from gc_accel.data import BatchPlan, ChunkedLoader
-from gc_accel.data.passages import NumberPassages, passages_config, passages_tokenizer
-from gc_accel.data.triplets import Corpus, TripletCollator, TripletDataset, load_triplets
+from gc_accel.data.builtin.passages import NumberPassages, passages_config, passages_tokenizer
+from gc_accel.data.sources.triplets import Corpus, TripletCollator, TripletDataset, load_triplets
 from gc_accel.distributed import RankedBatch
 from gc_accel.encoders import Retriever
 from gc_accel.evaluation import baseline_metrics, ranking_metrics
 from gc_accel.losses import RetrievalLoss
 from gc_accel.pictures import training_curve
+from gc_accel.programs.command_line import option, parse, run
+from gc_accel.programs.cores import use_all_cores
 
 BUILT_IN = "numbers"
 COLUMNS = ("query_column", "positive_column", "negatives_column")

@@ -28,13 +28,13 @@ from tqdm.auto import tqdm
 from transformers import set_seed
 
 from gc_accel import check_equivalence
-from gc_accel.command_line import option, parse
-from gc_accel.cores import use_all_cores
 from gc_accel.data import HandwrittenNumbers, ImageTextCollator, numbers_config, numbers_processor
-from gc_accel.data.scans import Split
+from gc_accel.data.builtin.scans import Split
 from gc_accel.equivalence.errors import gradient_errors
 from gc_accel.evaluation import linear_probe_accuracy, retrieval_metrics
 from gc_accel.pictures.ways import ways_figure, ways_table
+from gc_accel.programs.command_line import option, parse
+from gc_accel.programs.cores import use_all_cores
 
 DIGITS, IMAGE_SIZE = 3, 24
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPTextModel, CLIPVisionModel
 
 from gc_accel import GradientCache
-from gc_accel.chunking import split
+from gc_accel.inputs.nested import split
 from gc_accel.losses import CLIPLoss
 
 Batch = dict[str, Tensor]

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, ViTImageProcessor
 
 from gc_accel import VisionEncoder
-from gc_accel.command_line import option
+from gc_accel.programs.command_line import option
 
 BUILT_IN_SIZE = 16  # pixels per side
 TIMM = "timm/"

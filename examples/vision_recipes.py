@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from gc_accel import VisionEncoder
-from gc_accel.command_line import option
 from gc_accel.data import simclr_transform, supcon_transform
 from gc_accel.data.transforms import MultiView
 from gc_accel.losses import LOSSES, MomentumEncoder
-from gc_accel.losses.momentum import Schedule
+from gc_accel.losses.stateful.momentum import Schedule
+from gc_accel.programs.command_line import option
 
 
 class Recipe(NamedTuple):

@@ -31,7 +31,6 @@ from vision_probes import Judge, table, with_few_labels
 from vision_recipes import RECIPES, LossArguments, Recipe, make_loss
 
 from gc_accel import CachedContrastiveArguments, CachedContrastiveTrainer
-from gc_accel.command_line import option, parse, run
 from gc_accel.data import (
     HandwrittenDigits,
     ImageTextDataset,
@@ -39,11 +38,12 @@ from gc_accel.data import (
     ViewsCollator,
     handwriting_transform,
 )
-from gc_accel.data.sources import Rows, features_of
-from gc_accel.data.splits import SplitArguments, check_streaming, load_splits
+from gc_accel.data.sources.image_text import Rows, features_of
 from gc_accel.data.transforms import MultiView
 from gc_accel.pictures import embedding_map, training_curve
-from gc_accel.training.planning import PlanArguments, print_plan
+from gc_accel.programs.command_line import option, parse, run
+from gc_accel.programs.planning import PlanArguments, print_plan
+from gc_accel.programs.splits import SplitArguments, check_streaming, load_splits
 
 BUILT_IN = "digits"
 FROM_SCRATCH, FINE_TUNING = 2e-3, 3e-5  # peak learning rates

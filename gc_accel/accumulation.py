@@ -24,12 +24,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gc_accel.chunking import Inputs, split_streams
 from gc_accel.distributed import RankedBatch, Replicas
-from gc_accel.encoding import Encoded, Named, Parts, by_name, encode, encode_together
-from gc_accel.losses.accumulated import AccumulatedLoss, StatefulLoss
-from gc_accel.numerics import check_finite
-from gc_accel.schedule import Block, FirstPass, Rows, Turn
+from gc_accel.engine.checks import check_finite
+from gc_accel.engine.encoding import Encoded, Named, Parts, by_name, encode, encode_together
+from gc_accel.engine.schedule import Block, FirstPass, Rows, Turn
+from gc_accel.inputs.nested import Inputs, split_streams
+from gc_accel.losses.stateful.accumulated import AccumulatedLoss, StatefulLoss
 
 
 class Chunk(NamedTuple):

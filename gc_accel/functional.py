@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from gc_accel.distributed import RankedBatch
-from gc_accel.encoding import encode
-from gc_accel.rng import CPU, device_in_use
+from gc_accel.engine.encoding import encode
+from gc_accel.state.rng import CPU, device_in_use
 
 
 def cached(func: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:

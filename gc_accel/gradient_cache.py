@@ -34,15 +34,15 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from gc_accel.accumulation import accumulate, is_accumulated, move_state
-from gc_accel.batch_norm import BatchNorms, Policy
-from gc_accel.chunk_size import ChunkSize, ChunkSizes
-from gc_accel.chunking import Inputs, batch_size, concatenate
 from gc_accel.distributed import Replicas, without_rows
-from gc_accel.encoding import Encoded, Parts, by_name, encode, encode_together
-from gc_accel.numerics import check_finite, check_rows
-from gc_accel.recovery import with_recovery
-from gc_accel.retention import Retain, Retention
-from gc_accel.schedule import FirstPass, Rows
+from gc_accel.engine.batch_norm import BatchNorms, Policy
+from gc_accel.engine.checks import check_finite, check_rows
+from gc_accel.engine.encoding import Encoded, Parts, by_name, encode, encode_together
+from gc_accel.engine.schedule import FirstPass, Rows
+from gc_accel.inputs.nested import Inputs, batch_size, concatenate
+from gc_accel.memory.chunk_sizes import ChunkSize, ChunkSizes
+from gc_accel.memory.recovery import with_recovery
+from gc_accel.memory.retention import Retain, Retention
 
 
 class GradientCache:

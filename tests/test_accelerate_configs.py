@@ -30,7 +30,7 @@ SCRIPT = """
 import sys
 import torch
 from accelerate import Accelerator
-from gc_accel.command_line import run
+from gc_accel.programs.command_line import run
 
 def main():
     accelerator = Accelerator(cpu="--cpu" in sys.argv)

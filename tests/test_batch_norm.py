@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gc_accel import GradientCache
-from gc_accel.chunking import split
 from gc_accel.encoders import FullBatchHead
+from gc_accel.inputs.nested import split
 from gc_accel.losses import NTXentLoss, dense
 from tests.comparing import assert_equal, gradients
 from tests.ranks import run_on_ranks

@@ -9,7 +9,7 @@ import torch
 from benchmarks import batch_memory, captions, contenders, measuring, overhead, peers, retaining
 from benchmarks.clips import CONTEXT, END, TINY, caption_lengths
 from benchmarks.clips import captions as captions_of
-from gc_accel.chunking import split
+from gc_accel.inputs.nested import split
 from gc_accel.losses import dense
 
 SIZE, CHUNK = 12, 4

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import gc_accel.chunk_fitting as module
+import gc_accel.memory.fitting as module
 from gc_accel import GradientCache
-from gc_accel.chunk_fitting import fit_chunk_size
 from gc_accel.distributed import Replicas
 from gc_accel.losses import CLIPLoss, dense
-from gc_accel.memory import LiveBytes
+from gc_accel.memory.fitting import fit_chunk_size
+from gc_accel.memory.meters import LiveBytes
 from tests.comparing import assert_equal, gradients
 from tests.models import dual_encoder, image_text_batch
 from tests.ranks import run_on_ranks

@@ -6,8 +6,8 @@ import time
 import pytest
 import torch.distributed as dist
 
-from gc_accel import command_line
-from gc_accel.command_line import LAST_WORKS, run
+from gc_accel.programs import command_line
+from gc_accel.programs.command_line import LAST_WORKS, run
 from tests.launching import ROOT
 
 

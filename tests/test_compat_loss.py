@@ -9,7 +9,7 @@ from gc_accel.compat.grad_cache.loss import (
     DistributedContrastiveLoss,
     SimpleContrastiveLoss,
 )
-from gc_accel.losses.tiling import DEFAULT_TILE_BUDGET
+from gc_accel.losses.kernel.tiling import DEFAULT_TILE_BUDGET
 from tests.comparing import assert_equal
 from tests.compat_programs import published
 

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 from gc_accel import GradientCache
-from gc_accel.data.numbers import number_in_words
-from gc_accel.data.passages import (
+from gc_accel.data.builtin.numbers import number_in_words
+from gc_accel.data.builtin.passages import (
     HELD_OUT,
     NumberPassages,
     held_out_numbers,
@@ -25,10 +25,10 @@ from gc_accel.data.passages import (
     passages_config,
     passages_tokenizer,
 )
-from gc_accel.data.triplets import Corpus, TripletCollator, TripletDataset, load_triplets, text_id
+from gc_accel.data.sources.triplets import Corpus, TripletCollator, TripletDataset, load_triplets, text_id
 from gc_accel.encoders.retriever import Retriever, pool
 from gc_accel.evaluation.ranking import baseline_metrics, pair_ranks, ranking_metrics
-from gc_accel.losses import tiling
+from gc_accel.losses.kernel import tiling
 from gc_accel.losses.retrieval import RetrievalLoss
 from tests.comparing import assert_equal, gradients
 from tests.launching import ROOT, assert_drawn, launch, run_here

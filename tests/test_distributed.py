@@ -12,8 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from gc_accel import GradientCache
 from gc_accel.distributed import RankedBatch
 from gc_accel.distributed.alignment import align
+from gc_accel.engine.schedule import Turn
 from gc_accel.losses import CLIPLoss, SigLIPLoss, dense
-from gc_accel.schedule import Turn
 from tests.comparing import assert_equal, gradients
 from tests.models import dual_encoder, image_text_batch
 from tests.ranks import run_on_ranks

@@ -337,9 +337,11 @@ class TestSuspects:
 
     def test_dropout_that_is_not_replayed_is_seen(self, monkeypatch):
         monkeypatch.setattr(
-            "gc_accel.rng.RngState.is_current", lambda self: False
+            "gc_accel.state.rng.RngState.is_current", lambda self: False
         )  # both see dropout everywhere
-        monkeypatch.setattr("gc_accel.rng.RngState.restore", lambda self: None)  # and none of them replays
+        monkeypatch.setattr(
+            "gc_accel.state.rng.RngState.restore", lambda self: None
+        )  # and none of them replays
         report = check_dual("vision_text", dropout=0.5)
         assert not report.ok
         assert report.representation_difference > 0.1

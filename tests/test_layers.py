@@ -82,4 +82,4 @@ def test_the_engine_knows_no_loss_and_no_model():
         for a, b in imports()
         if unit_of(a) in engine and unit_of(b) in ("losses", "encoders", "data", "evaluation")
     }
-    assert known == {"gc_accel.losses.accumulated"}
+    assert known == {"gc_accel.losses.stateful.accumulated"}

@@ -7,7 +7,8 @@ from open_clip.loss import ClipLoss as OpenClipLoss
 from open_clip.loss import SigLipLoss as OpenSigLipLoss
 
 from benchmarks.loss import measure_apart
-from gc_accel.losses import CLIPLoss, SigLIPLoss, dense, tiling
+from gc_accel.losses import CLIPLoss, SigLIPLoss, dense
+from gc_accel.losses.kernel import tiling
 from tests.comparing import assert_equal
 
 LOSSES = {"clip": (CLIPLoss, dense.clip_loss), "siglip": (SigLIPLoss, dense.siglip_loss)}

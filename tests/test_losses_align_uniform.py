@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gc_accel.losses import AlignUniformLoss, dense, exponentials, tiling
+from gc_accel.losses import AlignUniformLoss, dense
+from gc_accel.losses.kernel import exponentials, tiling
 from tests.comparing import assert_equal
 
 

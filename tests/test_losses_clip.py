@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gc_accel.losses import CLIPLoss, SigLIPLoss, dense, tiling
+from gc_accel.losses import CLIPLoss, SigLIPLoss, dense
+from gc_accel.losses.kernel import tiling
 from tests.comparing import assert_equal
 from tests.test_losses import make_inputs, value_and_gradients
 

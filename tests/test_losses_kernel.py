@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gc_accel.losses import exponentials, tiling
-from gc_accel.losses.pairs import Pairs
-from gc_accel.losses.streaming import logsumexp_both_ways, logsumexp_over_pairs
+from gc_accel.losses.kernel import exponentials, tiling
+from gc_accel.losses.kernel.pairs import Pairs
+from gc_accel.losses.kernel.streaming import logsumexp_both_ways, logsumexp_over_pairs
 from tests.comparing import assert_equal
 
 

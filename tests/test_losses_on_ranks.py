@@ -32,8 +32,8 @@ from gc_accel.losses import (
     SpectralLoss,
     SupConLoss,
     VICRegLoss,
-    tiling,
 )
+from gc_accel.losses.kernel import tiling
 from tests.comparing import assert_equal
 from tests.ranks import run_on_ranks
 

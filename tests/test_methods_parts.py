@@ -16,8 +16,8 @@ from gc_accel import GradientCache
 from gc_accel.distributed import RankedBatch
 from gc_accel.encoders.heads import Prototypes
 from gc_accel.losses import BYOLLoss, MoCoLoss, MomentumEncoder, NNCLRLoss, SimSiamLoss, SwAVLoss, dense
-from gc_accel.losses.queue import TILE_ROWS, Queue
-from gc_accel.losses.swav import sinkhorn
+from gc_accel.losses.stateful.queue import TILE_ROWS, Queue
+from gc_accel.losses.stateful.swav import sinkhorn
 from tests.comparing import assert_equal
 from tests.ranks import run_on_ranks
 from tests.test_methods import make_encoder

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gc_accel import GradientCache
-from gc_accel.modules import modules_of
+from gc_accel.state.modules import modules_of
 from tests.comparing import assert_equal
 from tests.test_gradient_cache import pair_loss, take_gradients
 

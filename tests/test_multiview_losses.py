@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gc_accel.losses import NTXentLoss, SelfConLoss, SupConLoss, classes, dense, streaming, tiling
-from gc_accel.losses.pairs import Pairs
-from gc_accel.memory import LiveBytes
+from gc_accel.losses import NTXentLoss, SelfConLoss, SupConLoss, dense
+from gc_accel.losses.kernel import classes, streaming, tiling
+from gc_accel.losses.kernel.pairs import Pairs
+from gc_accel.memory.meters import LiveBytes
 from tests.comparing import assert_equal
 
 OPTIONS = [

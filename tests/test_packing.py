@@ -17,9 +17,9 @@ from transformers import Qwen2VLConfig, Qwen2VLImageProcessor, Qwen2VLModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm
 
 from gc_accel import GradientCache, check_equivalence
-from gc_accel.chunking import batch_size, concatenate, select, slice_inputs, split
+from gc_accel.inputs.nested import batch_size, concatenate, select, slice_inputs, split
+from gc_accel.inputs.packing import Packed, images_per_sample, pack, unpacked
 from gc_accel.losses import dense
-from gc_accel.packing import Packed, images_per_sample, pack, unpacked
 from tests.comparing import assert_equal, gradients
 from tests.ranks import run_on_ranks
 

@@ -14,11 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTModel
 
 from gc_accel import GradientCache, VisionEncoder
-from gc_accel.chunk_fitting import CALLS_OF, WORTH, fit_chunk_size, largest_chunk
 from gc_accel.distributed import Replicas
+from gc_accel.inputs.packing import Packed
 from gc_accel.losses import CLIPLoss, NTXentLoss
-from gc_accel.memory import LiveBytes
-from gc_accel.packing import Packed
+from gc_accel.memory.fitting import CALLS_OF, WORTH, fit_chunk_size, largest_chunk
+from gc_accel.memory.meters import LiveBytes
 from gc_accel.planning import plan
 from gc_accel.planning.dry_run import Cost, DryRun
 from gc_accel.planning.loss import loss_cost

@@ -9,7 +9,7 @@ from gc_accel import DualEncoder
 from gc_accel.data import image_statistics, numbers_processor
 from gc_accel.losses import DistillationLoss
 from gc_accel.planning import plan
-from gc_accel.training.planning import plan_of, print_plan
+from gc_accel.programs.planning import plan_of, print_plan
 from tests.launching import QUICK, launch
 from tests.test_examples import SMALL
 from tests.test_trainer import clip_model, make_trainer

@@ -14,7 +14,7 @@ from datasets import Dataset, Image
 from PIL import Image as Picture
 from transformers import CLIPModel
 
-import gc_accel.data.readers as readers
+import gc_accel.data.sources.readers as readers
 from gc_accel import CachedContrastiveArguments, CachedContrastiveTrainer, DualEncoder, GradientCache
 from gc_accel.data import (
     HandwrittenNumbers,

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gc_accel import GradientCache
 from gc_accel.losses import CLIPLoss, StatefulLoss
-from gc_accel.recovery import is_out_of_memory
+from gc_accel.memory.recovery import is_out_of_memory
 from tests.comparing import assert_equal, gradients
 from tests.models import dual_encoder, image_text_batch
 from tests.ranks import run_on_ranks

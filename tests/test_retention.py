@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from gc_accel import GradientCache
+from gc_accel.engine.schedule import Block, FirstPass, Rows, Turn
+from gc_accel.inputs.packing import Packed
 from gc_accel.losses import CLIPLoss, dense
-from gc_accel.memory import LiveBytes, SavedBytes
-from gc_accel.packing import Packed
-from gc_accel.schedule import Block, FirstPass, Rows, Turn
+from gc_accel.memory.meters import LiveBytes, SavedBytes
 from tests.comparing import assert_equal
 from tests.models import dual_encoder, image_text_batch
 from tests.test_gradient_cache import count_samples, full_batch, take_gradients

@@ -17,7 +17,7 @@ from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from transformers import CLIPModel
 
-import gc_accel.data.readers as readers
+import gc_accel.data.sources.readers as readers
 from gc_accel import CachedContrastiveArguments, CachedContrastiveTrainer, DualEncoder
 from gc_accel.data import (
     HandwrittenNumbers,
@@ -32,9 +32,9 @@ from gc_accel.data import (
     numbers_config,
     numbers_processor,
 )
-from gc_accel.data.rows import stream_of, take_rows
-from gc_accel.data.splits import SplitArguments, check_streaming, load_splits
+from gc_accel.data.sources.rows import stream_of, take_rows
 from gc_accel.losses import CLIPLoss
+from gc_accel.programs.splits import SplitArguments, check_streaming, load_splits
 from tests.launching import launch, metrics, run_here, training_log
 from tests.ranks import run_on_ranks
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gc_accel.transfer import to_device
+from gc_accel.engine.transfer import to_device
 
 
 def test_the_cpu_gets_what_there_is():

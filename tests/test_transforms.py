@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gc_accel.data.digits import HandwrittenDigits
+from gc_accel.data.builtin.digits import HandwrittenDigits
 from gc_accel.data.transforms import (
     handwriting_transform,
     multicrop_transform,

@@ -11,18 +11,18 @@ from torch.nn.functional import normalize
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 from gc_accel import CachedContrastiveArguments, CachedContrastiveTrainer, DualEncoder, GradientCache
-from gc_accel.chunking import concatenate
 from gc_accel.data import HandwrittenNumbers, ImageTextCollator, numbers_processor
 from gc_accel.data.padding import padding_is_inert
 from gc_accel.encoders.retriever import Retriever
-from gc_accel.losses import CLIPLoss, dense
-from gc_accel.trimming import (
+from gc_accel.inputs.nested import concatenate
+from gc_accel.inputs.trimming import (
     length_order,
     length_sorted_chunks,
     sorted_by_length,
     trim_padding,
     trimming_is_inert,
 )
+from gc_accel.losses import CLIPLoss, dense
 from tests.comparing import assert_equal, gradients
 from tests.models import TEXT, siglip
 

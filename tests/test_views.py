@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from gc_accel.chunking import split
-from gc_accel.data.digits import HandwrittenDigits
+from gc_accel.data.builtin.digits import HandwrittenDigits
 from gc_accel.data.transforms import multicrop_transform, simclr_transform
 from gc_accel.data.views import MultiViewDataset, ViewsCollator, fold_views
+from gc_accel.inputs.nested import split
 
 
 def numbered(*names):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
-from gc_accel.chunking import Inputs
+from gc_accel.inputs.nested import Inputs
 
 Model = Callable[..., Any]
 

@@ -1,28 +1,28 @@
 """Data: the built-in data set, readers for one's own, and collators that make chunks of tensors."""
 
-from gc_accel.data.collators import ImageTextCollator, OpenClipCollator, image_statistics
-from gc_accel.data.digits import HandwrittenDigits
-from gc_accel.data.loader import ChunkedLoader
-from gc_accel.data.numbers import (
+from gc_accel.data.builtin.digits import HandwrittenDigits
+from gc_accel.data.builtin.numbers import (
     HandwrittenNumbers,
     all_captions,
     number_in_words,
     numbers_config,
     numbers_processor,
 )
-from gc_accel.data.passages import NumberPassages, passages_config, passages_tokenizer
-from gc_accel.data.plan import BatchPlan
-from gc_accel.data.readers import ImageTextDataset
-from gc_accel.data.rows import StreamedRow
-from gc_accel.data.sources import load_image_text
-from gc_accel.data.streaming import StreamLoader, StreamPlan
+from gc_accel.data.builtin.passages import NumberPassages, passages_config, passages_tokenizer
+from gc_accel.data.collators import ImageTextCollator, OpenClipCollator, image_statistics
+from gc_accel.data.loading.loader import ChunkedLoader
+from gc_accel.data.loading.plan import BatchPlan
+from gc_accel.data.loading.streaming import StreamLoader, StreamPlan
+from gc_accel.data.sources.image_text import load_image_text
+from gc_accel.data.sources.readers import ImageTextDataset
+from gc_accel.data.sources.rows import StreamedRow
+from gc_accel.data.sources.triplets import Corpus, TripletCollator, TripletDataset, load_triplets
 from gc_accel.data.transforms import (
     handwriting_transform,
     multicrop_transform,
     simclr_transform,
     supcon_transform,
 )
-from gc_accel.data.triplets import Corpus, TripletCollator, TripletDataset, load_triplets
 from gc_accel.data.views import MultiViewDataset, ViewsCollator, fold_views
 
 __all__ = [

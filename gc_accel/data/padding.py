@@ -6,7 +6,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
-from gc_accel.modules import in_mode
+from gc_accel.state.modules import in_mode
 
 TOLERANCE = 1e-4  # distance of unit vectors that rounding explains
 LONG = 32  # words of a caption that stands for any length, where the tokenizer has no limit

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from gc_accel.distributed.collectives import lowest
-from gc_accel.encoding import Encoded, Named
-from gc_accel.schedule import Rows, Turn
+from gc_accel.engine.encoding import Encoded, Named
+from gc_accel.engine.schedule import Rows, Turn
 
 
 def align(

@@ -31,13 +31,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from gc_accel.chunking import call, unnamed
 from gc_accel.distributed.agreement import Agreement, PeerOutOfMemory
 from gc_accel.distributed.alignment import align
 from gc_accel.distributed.collectives import GlobalLoss, RankedBatch, lowest, world_size
-from gc_accel.modules import modules_of
-from gc_accel.rng import device_in_use
-from gc_accel.schedule import Rows, Turn
+from gc_accel.engine.schedule import Rows, Turn
+from gc_accel.inputs.nested import call, unnamed
+from gc_accel.state.modules import modules_of
+from gc_accel.state.rng import device_in_use
 
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from gc_accel.modules import in_mode
+from gc_accel.state.modules import in_mode
 
 TIMM_PREFIXES = ("hf-hub:", "local-dir:")  # as timm itself spells them
 SIZE = 224  # pixels per side, for a model that takes any

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gc_accel.distributed import GlobalLoss, RankedBatch
-from gc_accel.losses.accumulated import StatefulLoss
+from gc_accel.losses.stateful.accumulated import StatefulLoss
 
 HEADS = "heads"
 

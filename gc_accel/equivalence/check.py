@@ -17,12 +17,12 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gc_accel.batch_norm import Policy
-from gc_accel.chunking import Inputs, batch_size, split
+from gc_accel.engine.batch_norm import Policy
 from gc_accel.equivalence.compare import compare, not_compared
 from gc_accel.equivalence.report import EquivalenceReport
 from gc_accel.equivalence.state import State
 from gc_accel.equivalence.steps import Steps, WatchedCache
+from gc_accel.inputs.nested import Inputs, batch_size, split
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 

@@ -7,10 +7,10 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
-from gc_accel.chunking import Inputs, split_streams
-from gc_accel.encoding import encode
+from gc_accel.engine.encoding import encode
 from gc_accel.equivalence.errors import order, representation_error
 from gc_accel.equivalence.state import State
+from gc_accel.inputs.nested import Inputs, split_streams
 
 
 def representation_drift(encoder: Callable[..., Any], chunk: Inputs, device: torch.device) -> float:

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gc_accel.chunking import slice_inputs
 from gc_accel.equivalence import suspects
 from gc_accel.equivalence.errors import Gradients, loss_error
 from gc_accel.equivalence.graph import REENTRANT, leaves_and_nodes
 from gc_accel.equivalence.steps import Step, Steps
 from gc_accel.equivalence.suspects import Suspect
 from gc_accel.gradient_cache import GradientCache
-from gc_accel.rng import RngState
+from gc_accel.inputs.nested import slice_inputs
+from gc_accel.state.rng import RngState
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from gc_accel.rng import RngState
+from gc_accel.state.rng import RngState
 
 BOOKKEEPING = vars(nn.Module()).keys() - {"training"}  # torch's own; the same dicts at any time
 PLAIN = (bool, int, float, str, torch.Size, torch.dtype, torch.device)  # of which equal ones are the same

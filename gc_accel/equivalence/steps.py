@@ -15,13 +15,13 @@ import torch.distributed as dist
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from gc_accel.chunking import Inputs, batch_size, call, named, split, split_streams
-from gc_accel.encoding import Encoded, Named, Parts
+from gc_accel.engine.encoding import Encoded, Named, Parts
 from gc_accel.equivalence.errors import Gradients, order, representation_error
 from gc_accel.equivalence.graph import leaves_and_nodes
-from gc_accel.equivalence.joining import join
 from gc_accel.equivalence.state import State
 from gc_accel.gradient_cache import GradientCache
+from gc_accel.inputs.joining import join
+from gc_accel.inputs.nested import Inputs, batch_size, call, named, split, split_streams
 from gc_accel.losses import AccumulatedLoss
 
 

@@ -9,10 +9,10 @@ from torch import Tensor
 from gc_accel.distributed import GlobalLoss, RankedBatch
 from gc_accel.losses import statistics
 from gc_accel.losses.inputs import check_option, check_pairs, full_precision
-from gc_accel.losses.pairs import Pairs
+from gc_accel.losses.kernel.pairs import Pairs
+from gc_accel.losses.kernel.streaming import logsumexp_both_ways
+from gc_accel.losses.kernel.tiling import DEFAULT_TILE_BUDGET
 from gc_accel.losses.statistics import Similarities, similarities_within
-from gc_accel.losses.streaming import logsumexp_both_ways
-from gc_accel.losses.tiling import DEFAULT_TILE_BUDGET
 
 Duplicates = Literal["attract", "mask"]
 

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gc_accel.distributed import GlobalLoss, RankedBatch
-from gc_accel.losses.eager import with_gradients
 from gc_accel.losses.inputs import check_pairs, full_precision
-from gc_accel.losses.streaming import logsumexp_both_ways
-from gc_accel.losses.tiling import DEFAULT_TILE_BUDGET, Gradients, logits_of, tiles
+from gc_accel.losses.kernel.eager import with_gradients
+from gc_accel.losses.kernel.streaming import logsumexp_both_ways
+from gc_accel.losses.kernel.tiling import DEFAULT_TILE_BUDGET, Gradients, logits_of, tiles
 
 Factors = tuple[Tensor, Tensor, Tensor]  # rows (R, D), columns (C, D) and scale (1,) of logits
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from gc_accel.distributed import RankedBatch
-from gc_accel.losses.eager import with_gradients
-from gc_accel.losses.tiling import tiles
+from gc_accel.losses.kernel.eager import with_gradients
+from gc_accel.losses.kernel.tiling import tiles
 
 
 def centred(rows: Tensor, batch: RankedBatch) -> Tensor:

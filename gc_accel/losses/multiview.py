@@ -24,12 +24,12 @@ from torch import Tensor
 
 from gc_accel.distributed import GlobalLoss, RankedBatch
 from gc_accel.losses import statistics
-from gc_accel.losses.classes import attraction, classes_of
-from gc_accel.losses.eager import Gradient, with_gradients
 from gc_accel.losses.inputs import check_option, full_precision
-from gc_accel.losses.pairs import Pairs
-from gc_accel.losses.streaming import sum_of_logsumexps
-from gc_accel.losses.tiling import DEFAULT_TILE_BUDGET, Logits, exact_sum
+from gc_accel.losses.kernel.classes import attraction, classes_of
+from gc_accel.losses.kernel.eager import Gradient, with_gradients
+from gc_accel.losses.kernel.pairs import Pairs
+from gc_accel.losses.kernel.streaming import sum_of_logsumexps
+from gc_accel.losses.kernel.tiling import DEFAULT_TILE_BUDGET, Logits, exact_sum
 
 Variant = Literal["out", "in"]
 Orphans = Literal["zero", "exclude", "error"]

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from gc_accel.distributed import GlobalLoss, RankedBatch
 from gc_accel.losses.inputs import full_precision
-from gc_accel.losses.pairs import Pairs
-from gc_accel.losses.streaming import logsumexp_over_pairs
-from gc_accel.losses.tiling import DEFAULT_TILE_BUDGET
+from gc_accel.losses.kernel.pairs import Pairs
+from gc_accel.losses.kernel.streaming import logsumexp_over_pairs
+from gc_accel.losses.kernel.tiling import DEFAULT_TILE_BUDGET
 
 
 class RetrievalLoss(GlobalLoss):

@@ -5,8 +5,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gc_accel.losses.inputs import check_views
+from gc_accel.losses.kernel.tiling import DEFAULT_TILE_BUDGET
 from gc_accel.losses.multiview import MultiViewLoss
-from gc_accel.losses.tiling import DEFAULT_TILE_BUDGET
 
 
 class SelfConLoss(MultiViewLoss):

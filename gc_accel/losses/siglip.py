@@ -7,9 +7,9 @@ from torch import Tensor
 from gc_accel.distributed import GlobalLoss, RankedBatch
 from gc_accel.losses import statistics
 from gc_accel.losses.inputs import check_pairs, full_precision
-from gc_accel.losses.sigmoid import Positives, sigmoid_cross_entropy
+from gc_accel.losses.kernel.sigmoid import Positives, sigmoid_cross_entropy
+from gc_accel.losses.kernel.tiling import Own
 from gc_accel.losses.statistics import Similarities, similarities_within
-from gc_accel.losses.tiling import Own
 
 
 class SigLIPLoss(GlobalLoss):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from gc_accel.distributed import RankedBatch
-from gc_accel.losses.classes import Classes, attraction, class_sums, classes_of
-from gc_accel.losses.tiling import exact_sum
+from gc_accel.losses.kernel.classes import Classes, attraction, class_sums, classes_of
+from gc_accel.losses.kernel.tiling import exact_sum
 
 
 class Similarities(NamedTuple):

@@ -6,8 +6,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gc_accel.losses.inputs import check_option, check_views
+from gc_accel.losses.kernel.tiling import DEFAULT_TILE_BUDGET
 from gc_accel.losses.multiview import MultiViewLoss, Orphans, Variant
-from gc_accel.losses.tiling import DEFAULT_TILE_BUDGET
 
 ContrastMode = Literal["all", "one"]
 

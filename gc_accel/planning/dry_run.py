@@ -18,10 +18,10 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-from gc_accel.chunking import Inputs, batch_size, call, named, split_streams
-from gc_accel.memory import LiveBytes
-from gc_accel.modules import in_mode
-from gc_accel.packing import Packed
+from gc_accel.inputs.nested import Inputs, batch_size, call, named, split_streams
+from gc_accel.inputs.packing import Packed
+from gc_accel.memory.meters import LiveBytes
+from gc_accel.state.modules import in_mode
 
 Rows = Mapping[Any, int]  # samples of each stream in one call of the encoder
 

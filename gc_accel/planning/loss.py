@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from gc_accel.losses.tiling import DEFAULT_TILE_BUDGET, TILE_COLUMNS, TILE_ROWS
+from gc_accel.losses.kernel.tiling import DEFAULT_TILE_BUDGET, TILE_COLUMNS, TILE_ROWS
 
 FLOAT = 4  # bytes
 TILES_AT_WORK = 2

@@ -11,8 +11,8 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
-from gc_accel.chunk_fitting import largest_chunk
-from gc_accel.chunking import Inputs
+from gc_accel.inputs.nested import Inputs
+from gc_accel.memory.fitting import largest_chunk
 from gc_accel.planning.dry_run import DryRun
 from gc_accel.planning.step import Parts, Retain, Step
 from gc_accel.planning.table import table

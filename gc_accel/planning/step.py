@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gc_accel.chunk_fitting import chunks_per_call
+from gc_accel.memory.fitting import chunks_per_call
 from gc_accel.planning.dry_run import DryRun
 from gc_accel.planning.loss import loss_cost, ring_all_reduce
 

@@ -14,7 +14,7 @@ class CachedContrastiveArguments(TrainingArguments):
         retain: chunks whose graph is kept from the first pass: a number, "all", or "auto": as many as fit.
         memory_budget: what "auto" may use, see `GradientCache`.
         forward_chunk_size: samples of a call of the first pass, where it draws no random numbers.
-        batch_norm: what to do about BatchNorm in training mode, see `gc_accel/batch_norm.py`.
+        batch_norm: what to do about BatchNorm in training mode, see `gc_accel/engine/batch_norm.py`.
         sort_by_length: sort the texts of a batch by length before it is cut into chunks.
         chunk_tokens: text tokens, padding included, that a chunk has at most, beside `chunk_size`.
         shuffle_buffer: rows of a stream that are shuffled among themselves.

@@ -6,7 +6,7 @@ from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
-from gc_accel.data.streaming import StreamLoader
+from gc_accel.data.loading.streaming import StreamLoader
 from gc_accel.encoders import DualEncoder
 from gc_accel.losses import AccumulatedLoss
 from gc_accel.training.arguments import CachedContrastiveArguments

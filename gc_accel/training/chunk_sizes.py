@@ -14,12 +14,12 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from gc_accel.chunk_fitting import fit_chunk_size
 from gc_accel.data import ChunkedLoader
 from gc_accel.distributed import Replicas
 from gc_accel.distributed.collectives import lowest
 from gc_accel.distributed.replicas import SHARDING
-from gc_accel.modules import in_mode
+from gc_accel.memory.fitting import fit_chunk_size
+from gc_accel.state.modules import in_mode
 from gc_accel.training.arguments import CachedContrastiveArguments
 
 KEY = "chunk_sizes"  # among the states of the callbacks, the part of the trainer's state that is free in form

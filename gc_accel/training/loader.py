@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from gc_accel.chunk_fitting import CALLS_OF
 from gc_accel.data import BatchPlan, ChunkedLoader, StreamLoader, StreamPlan
-from gc_accel.data.rows import stream_of
+from gc_accel.data.sources.rows import stream_of
+from gc_accel.memory.fitting import CALLS_OF
 from gc_accel.training.arguments import CachedContrastiveArguments
 
 

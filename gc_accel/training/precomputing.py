@@ -26,10 +26,10 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from gc_accel.data.precomputed import Precomputable, PrecomputedDataset
+from gc_accel.data.sources.precomputed import Precomputable, PrecomputedDataset
 from gc_accel.distributed.replicas import SHARDING
 from gc_accel.encoders import DualEncoder
-from gc_accel.modules import in_mode
+from gc_accel.state.modules import in_mode
 
 PARTIAL = ".partial"
 logger = logging.get_logger(__name__)

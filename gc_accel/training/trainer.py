@@ -22,14 +22,14 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from gc_accel.chunking import batch_size, call, slice_inputs, split_streams
 from gc_accel.data import ChunkedLoader, StreamLoader
 from gc_accel.distributed import GlobalLoss, RankedBatch
 from gc_accel.equivalence import check_equivalence_chunks, representation_drift
 from gc_accel.evaluation import retrieval_metrics
 from gc_accel.gradient_cache import GradientCache
-from gc_accel.memory import peak_memory_mib
-from gc_accel.recovery import is_out_of_memory
+from gc_accel.inputs.nested import batch_size, call, slice_inputs, split_streams
+from gc_accel.memory.meters import peak_memory_mib
+from gc_accel.memory.recovery import is_out_of_memory
 from gc_accel.training.arguments import CachedContrastiveArguments
 from gc_accel.training.callbacks import StepCallback
 from gc_accel.training.chunk_sizes import RunChunkSizes

@@ -6,7 +6,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from gc_accel.rng import RngState
+from gc_accel.state.rng import RngState
 
 
 class RandContext:

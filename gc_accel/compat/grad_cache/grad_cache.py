@@ -1,6 +1,6 @@
 """In place of `grad_cache.GradCache`: any number of models, each with its inputs, one representation each.
 
-A schedule over `encode` (`gc_accel/encoding.py`), cut into the methods that subclasses override:
+A schedule over `encode` (`gc_accel/engine/encoding.py`), cut into the methods that subclasses override:
 
     cache_step
         split_inputs                    of each model
@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from gc_accel.batch_norm import BatchNorms, Policy
-from gc_accel.chunking import Inputs, call, split
 from gc_accel.compat import checks
 from gc_accel.compat.checks import Model
 from gc_accel.compat.grad_cache.context_managers import RandContext
 from gc_accel.distributed import GlobalLoss, Replicas
-from gc_accel.encoding import Encoded, encode
+from gc_accel.engine.batch_norm import BatchNorms, Policy
+from gc_accel.engine.encoding import Encoded, encode
+from gc_accel.inputs.nested import Inputs, call, split
 
 
 class GradCache:

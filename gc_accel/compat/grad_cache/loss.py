@@ -4,7 +4,7 @@
 
     L = mean_i [ LSE_j x_i.y_j - x_i.y_t(i) ],  t(i) = i (1 + h)
 
-Neither side is normalised. The N x M logits are computed in tiles (`gc_accel/losses/streaming.py`), in float32
+Neither side is normalised. The N x M logits are computed in tiles (`gc_accel/losses/kernel/streaming.py`), in float32
 or better, so memory is linear in the batch.
 """
 
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from gc_accel.distributed import RankedBatch, world_size
 from gc_accel.losses.inputs import full_precision
-from gc_accel.losses.pairs import Pairs
-from gc_accel.losses.streaming import logsumexp_over_pairs
+from gc_accel.losses.kernel.pairs import Pairs
+from gc_accel.losses.kernel.streaming import logsumexp_over_pairs
 
 IGNORED = -100  # the target of a query that does not count, as in torch's cross-entropy
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from gc_accel.batch_norm import Policy
 from gc_accel.compat import grad_cache
+from gc_accel.engine.batch_norm import Policy
 
 LossType = Literal["SupCon", "SimCLR", "SelfCon"]
 

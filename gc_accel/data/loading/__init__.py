@@ -1,0 +1,1 @@
+"""Batches as lazy sequences of chunks, of a data set or of a stream."""

@@ -1,0 +1,5 @@
+"""Where data of one's own comes from: folders, tables, shards, the hub."""
+
+from gc_accel.data.sources.image_text import load_image_text
+
+__all__ = ["load_image_text"]

@@ -1,0 +1,1 @@
+"""Nested inputs as samples and chunks: cut, joined, packed, trimmed."""

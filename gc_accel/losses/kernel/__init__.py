@@ -1,0 +1,1 @@
+"""Sums over all pairs of a similarity matrix, a tile at a time, forward and backward."""

@@ -1,0 +1,193 @@
+"""The streaming log-sum-exp, over which all softmax losses are declared: B x B logits, a tile at a time.
+
+    logits s = scale * X Yᵀ           X: (R, D) rows (anchors), Y: (C, D) columns (candidates)
+
+No more than one tile exists at once, but for those that fit the budget: they are kept for the backward pass
+instead of computed again. So memory is O((R + C) D) plus the budget, forward and backward.
+
+Products of R C D multiply-adds: 4 for one or both directions, 3 where all tiles are kept. Rows that are their
+own candidates need the tiles above the diagonal alone, half of that: each feeds the sums of its rows and,
+transposed, those of its columns. The largest logit of each row falls out on the way.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gc_accel.losses.kernel.eager import Gradient
+from gc_accel.losses.kernel.exponentials import FixedShift, Pull, RunningMaxima
+from gc_accel.losses.kernel.pairs import Pairs
+from gc_accel.losses.kernel.tiling import (
+    DEFAULT_TILE_BUDGET,
+    Gradients,
+    Logits,
+    Own,
+    Place,
+    exact_sum,
+    own_pairs,
+    push,
+)
+
+Kept = dict[tuple[int, int], Tensor]
+Sums = FixedShift | RunningMaxima
+Add = Callable[[Place, Tensor], None]
+
+
+class BothWays(NamedTuple):
+    """Sums over a matrix of logits in which row i belongs to column start + i."""
+
+    by_row: Tensor  # (R,) log-sum-exp of each row
+    by_column: Tensor  # (C,) and of each column
+    own: Tensor  # (R,) the logit of each row with its own column
+    nearest: Tensor  # (R,) the column of the largest logit of each row, without a gradient
+
+
+def logsumexp_both_ways(
+    rows: Tensor,
+    columns: Tensor,
+    scale: Tensor,
+    *,
+    start: int = 0,
+    pairs: Pairs | None = None,
+    tile_budget: int = DEFAULT_TILE_BUDGET,
+) -> BothWays:
+    """Sums by row and by column from one pass over the tiles.
+
+    Args:
+        rows: `(R, D)`.
+        columns: `(C, D)`, with C at least start + R.
+        scale: `(1,)`, multiplies the products.
+        start: the column that belongs to the first row.
+        pairs: which pairs count, own ones among them; None: all.
+        tile_budget: bytes of tiles to keep for the backward pass.
+    """
+    return BothWays(*_apply(Logits(rows, columns, scale, pairs, start), tile_budget))
+
+
+def logsumexp_over_pairs(
+    rows: Tensor,
+    columns: Tensor,
+    scale: Tensor,
+    pairs: Pairs | None,
+    *,
+    tile_budget: int = DEFAULT_TILE_BUDGET,
+) -> Tensor:
+    """Log-sum-exp of the logits of each row `(R,)` over its pairs, minus infinity for a row without any.
+
+    Args:
+        rows, columns, scale, tile_budget: as in `logsumexp_both_ways`.
+        pairs: which pairs count, None: all; those above the diagonal count for the rows of both.
+    """
+    return _apply(Logits(rows, columns, scale, pairs), tile_budget)[0]
+
+
+def sum_of_logsumexps(
+    logits: Logits,
+    weights: Tensor,
+    gradients: tuple[Gradient, Gradient] = (None, None),
+    *,
+    tile_budget: int = DEFAULT_TILE_BUDGET,
+) -> Tensor:
+    """sum_i w_i LSE_i over the rows, 0-d, and its gradient, which can be had as soon as the sums are there.
+
+    For use in `with_gradients`: tiles are kept no longer than the call.
+
+    Args:
+        logits: without columns that rows own.
+        weights: `(R,)`; where it is zero a row need not have any pair.
+        gradients: of rows and of columns, are added to, and may share memory; None: is not wanted.
+        tile_budget: bytes of tiles to keep for the gradient.
+    """
+    wanted = any(each is not None for each in gradients)
+    sums, kept, _ = _sum_up(logits, tile_budget if wanted else 0)
+    if wanted:
+        scaled = weights * logits.scale
+        pull = sums.pull(scaled, scaled if logits.halved else None)
+        _push_back(logits, sums, kept, pull, partial(push, logits[:2], gradients))
+    return exact_sum(torch.where(weights == 0, 0, weights * sums.totals()[0]))
+
+
+def _apply(logits: Logits, tile_budget: int) -> tuple[Tensor, ...]:
+    kept = tile_budget if torch.is_grad_enabled() else 0
+    with torch.autocast(logits.rows.device.type, enabled=False):
+        return _LogSumExp.apply(kept, *logits)
+
+
+class _LogSumExp(torch.autograd.Function):
+    """By row over all of `pairs` and, where rows have a column of their own (`start`), by column.
+
+    Above the diagonal, what sums up by row and by column belongs to the same rows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tile_budget: int, *of_logits: Any) -> tuple[Tensor | None, ...]:
+        logits = Logits(*of_logits)
+        ctx.sums, kept, own = _sum_up(logits, tile_budget if any(ctx.needs_input_grad) else 0)
+        ctx.kept_at, ctx.pairs, ctx.start = list(kept), logits.pairs, logits.start
+        # Not as an attribute: kept tiles shall go with the backward pass, not with the loss.
+        ctx.save_for_backward(*logits[:3], *kept.values())
+        by_row, by_column = ctx.sums.totals()
+        if own is None:
+            return (by_row,)
+        ctx.mark_non_differentiable(own.nearest)
+        return by_row, by_column, own.logits, own.nearest
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, row_grad: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
+        rows, columns, scale, *tensors = ctx.saved_tensors
+        kept = dict(zip(ctx.kept_at, tensors, strict=True))
+        logits = Logits(rows, columns, scale, ctx.pairs, ctx.start)
+        column_grad, own_grad = others[:2] if others else (row_grad if logits.halved else None, None)
+        pull = ctx.sums.pull(row_grad, column_grad)
+        gradients = Gradients(rows, columns, scale, (*ctx.needs_input_grad[1:4], False))
+        with torch.autocast(rows.device.type, enabled=False):
+            _push_back(logits, ctx.sums, kept, pull, gradients.add, own_grad)
+            return None, *gradients.result()[:3], None, None
+
+
+def _sum_up(logits: Logits, budget: int) -> tuple[Sums, Kept, Own | None]:
+    """The sums, what was kept of the tiles, and what was noted of rows that have their own column."""
+    rows, columns, scale = logits[:3]
+    directions = {"halved": logits.halved, "both": logits.start is not None}
+    shifted = FixedShift(rows, columns, scale, **directions)
+    found = _pass_over(shifted, logits, budget)
+    if shifted.is_exact():
+        return shifted, *found
+    del found  # before the second pass fills the budget again
+    maxima = RunningMaxima(rows, columns, **directions)
+    return maxima, *_pass_over(maxima, logits, budget)
+
+
+def _pass_over(sums: Sums, logits: Logits, budget: int) -> tuple[Kept, Own | None]:
+    kept: Kept = {}
+    own = None if logits.start is None else Own(logits.rows, logits.start)
+    for at in logits.places():
+        tile = logits.tile(at)
+        if own is not None:
+            own.note(at, tile)
+        terms = sums.terms(tile)
+        sums.add(at, terms)
+        budget -= terms.nbytes
+        if budget >= 0:
+            kept[at[0].start, at[1].start] = terms
+    return kept, own
+
+
+def _push_back(
+    logits: Logits, sums: Sums, kept: Kept, pull: Pull, add: Add, own_grad: Tensor | None = None
+) -> None:
+    """The backward pass over the tiles: hands the gradient of each to `add`."""
+    for at in logits.places():
+        terms = kept.get((at[0].start, at[1].start))
+        if terms is None:
+            terms = sums.terms(logits.tile(at))
+        grad = pull(at, terms)
+        if own_grad is not None and logits.start is not None:
+            which, own = own_pairs(grad, at, logits.start)
+            own += own_grad[which]
+        add(at, grad)

@@ -1,0 +1,83 @@
+"""How many samples the encoder sees at once: given, measured (`chunk_fitting.py`), halved when memory runs out."""
+
+from collections.abc import Iterable, Mapping
+from numbers import Integral
+from typing import Any, Literal
+
+from gc_accel.distributed import Replicas
+from gc_accel.inputs.nested import Inputs
+from gc_accel.memory.fitting import chunks_per_call, fit_chunk_size
+
+ChunkSize = int | Mapping[str, int] | Literal["auto"]
+
+
+class ChunkSizes:
+    """Samples of a chunk and of a call of the first pass, by stream.
+
+    Args:
+        chunk_size: for all streams, by stream, or "auto".
+        forward_chunk_size: of a call of the first pass; None: see `chunks_per_call`.
+        memory: for "auto", see `fit_chunk_size`.
+        streams: of the encoder.
+        replicas: of the encoder.
+
+    Raises:
+        ValueError: for sizes that are no whole numbers from 1, or of other streams.
+    """
+
+    def __init__(
+        self,
+        chunk_size: ChunkSize,
+        forward_chunk_size: int | None,
+        memory: float | None,
+        streams: Iterable[Any],
+        replicas: Replicas,
+    ) -> None:
+        self.replicas, self.streams, self.memory = replicas, list(streams), memory
+        self.forward_chunk_size = forward_chunk_size
+        self.chunks: dict[Any, int] = {}
+        self.calls: dict[Any, int] = {}
+        if not isinstance(chunk_size, str):
+            self._set(
+                chunk_size if isinstance(chunk_size, Mapping) else dict.fromkeys(self.streams, chunk_size)
+            )
+        elif chunk_size == "auto":
+            self._check(dict.fromkeys(self.streams, 1))
+        else:
+            raise ValueError(f'expected chunk_size to be a number of samples or "auto", got {chunk_size!r}')
+
+    def settle(self, sample: Inputs) -> None:
+        """Find the size of "auto" with some samples, unless that has been done."""
+        if not self.chunks:
+            found = fit_chunk_size(
+                sample, self.replicas, self.memory, forward_chunk_size=self.forward_chunk_size
+            )
+            self._set(dict.fromkeys(self.streams, found))
+
+    def halve(self) -> None:
+        """Go on with half as many samples at once."""
+        for sizes in (self.chunks, self.calls):
+            sizes.update({stream: max(1, size // 2) for stream, size in sizes.items()})
+
+    def __str__(self) -> str:
+        sizes = (str(size) if name is None else f"{size} ({name})" for name, size in self.chunks.items())
+        return ", ".join(sizes)
+
+    def _set(self, sizes: Mapping[Any, int]) -> None:
+        self._check(sizes)
+        factor = chunks_per_call(self.replicas.model, on_host=self.replicas.device.type == "cpu")
+        self.chunks = dict(sizes)
+        self.calls = {name: self.forward_chunk_size or factor * size for name, size in sizes.items()}
+
+    def _check(self, sizes: Mapping[Any, int]) -> None:
+        forward = self.forward_chunk_size
+        given = [*sizes.values(), *([] if forward is None else [forward])]
+        if set(sizes) != set(self.streams) or not all(map(_is_size, given)):
+            raise ValueError(
+                f"expected chunks of {self.streams}, and calls, of a whole number of samples from 1, got "
+                f"chunk_size={dict(sizes)}, forward_chunk_size={forward!r}"
+            )
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0

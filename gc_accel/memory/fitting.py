@@ -1,0 +1,211 @@
+"""The largest chunk that fits, by measuring.
+
+Measured is a forward and a backward pass of each stream, which run one at a time, with a gradient on every weight.
+The peak is that of the moment which takes most, and each moment takes a straight line over the samples, of a slope
+and an intercept of 0 or more: here the new gradients of the weights, there activations, which few samples hide.
+
+    bytes |           /          a line through two peaks lies below those of more samples: no more than it says fit
+    bound |----------/---        a line between two peaks lies above those in between: as many as it says fit
+          |_________/            k times the samples take k times the peak at most: so far is it safe to go
+          |___________________
+                 samples
+"""
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import psutil
+import torch
+from accelerate.utils.memory import clear_device_cache
+from torch import nn
+
+from gc_accel.distributed import Replicas
+from gc_accel.distributed.collectives import lowest
+from gc_accel.engine.encoding import encode
+from gc_accel.inputs.nested import Inputs, batch_size, select, split_streams
+from gc_accel.memory.meters import LiveBytes
+from gc_accel.memory.recovery import StepStart, is_out_of_memory
+
+FEW = 4  # samples to begin measuring with
+FILL = 0.9  # of the memory that is there
+WORTH = 1.05  # times the samples are worth another measurement
+ADAM = 2  # copies of the weights that train, which come with the first step of the optimizer
+CALLS_OF = 4  # chunks, in the first pass on an accelerator
+CHECKPOINTING = (
+    "gradient_checkpointing",
+    "grad_checkpointing",
+)  # in modules of transformers; of timm, open_clip
+
+
+def chunks_per_call(model: Any, *, on_host: bool) -> int:
+    """How many chunks share a call of the first pass: several keep an accelerator busy, and take no more memory than
+    the graph of one, unless that is checkpointed."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    checkpoints = any(getattr(module, name, False) for module in modules for name in CHECKPOINTING)
+    return 1 if on_host or checkpoints else CALLS_OF
+
+
+def fit_chunk_size(
+    sample: Inputs,
+    replicas: Replicas,
+    memory: float | None = None,
+    *,
+    most: int | None = None,
+    forward_chunk_size: int | None = None,
+    world_size: int | None = None,
+) -> int:
+    """The largest chunk size that leaves room for Adam and for the buckets of a reduction, the same on every rank.
+
+    To be called on all ranks. Afterwards everything is as it was.
+
+    Args:
+        sample: nested inputs, which are repeated to measure more of them.
+        replicas: of the encoder.
+        memory: bytes, on the CPU beside those of weights and inputs; on CUDA also, up to 1, a fraction of what is
+            free. None: most of what is free, on the CPU of this process's share in it.
+        most: samples of a chunk; None: of `sample`.
+        forward_chunk_size: samples of a call without a graph; None: of some chunks (`chunks_per_call`).
+        world_size: processes that will train; None: those that `replicas` know of.
+
+    Raises:
+        ValueError: parameters are sharded; one sample does not fit on some rank; a fraction, but not of CUDA's memory.
+    """
+    if replicas.sharded:
+        raise ValueError('expected a number of samples for sharded parameters, got chunk_size="auto"')
+    world_size = replicas.world_size if world_size is None else world_size
+    limit, start = most or batch_size(sample), StepStart(replicas)
+    trained = sum(each.nbytes for each in replicas.parameters if each.requires_grad)
+    reserved = (ADAM + (world_size > 1)) * trained
+    bound = _bound(memory, replicas.device)
+    per_call = chunks_per_call(replicas.model, on_host=replicas.device.type == "cpu")
+
+    def peak(count: int) -> float:
+        together = min(max(count, forward_chunk_size or per_call * count), limit)
+        calls = {True: count} | ({False: together} if together > count else {})
+        return _peak(sample, calls, replicas, start)
+
+    found = largest_chunk(peak, bound - reserved, limit)
+    if world_size > 1:  # a rank on which nothing fits hands in 0, and all of them raise
+        found = int(lowest([found], replicas.device, replicas.group)[0])
+    if found < 1:
+        raise ValueError(
+            f"expected memory for a chunk of one sample on every rank, got {bound:,.0f} bytes on this one, "
+            f"{reserved:,.0f} of them for the optimizer: turn on gradient checkpointing, or freeze a part of the model"
+        )
+    return found
+
+
+def largest_chunk(peak: Callable[[int], float], memory: float, most: int) -> int:
+    """About the largest chunk whose peak stays within `memory`, one that was measured; 0 if there is none.
+
+    Args:
+        peak: from a number of samples to bytes, infinite where they cannot be measured. It should be what the
+            sketch above says; chunks of more than `memory / FILL` are then not tried.
+        memory: bytes that may be used.
+        most: the largest chunk to try.
+    """
+    fits, over = list[tuple[int, float]](), None
+    size = min(FEW, most)
+    while True:
+        found = peak(size)
+        if found <= memory:
+            fits.append((size, found))
+        else:
+            over = size, found
+        largest = fits[-1][0] if fits else 0
+        size = _next(fits, over, memory, most)
+        if size <= largest or (largest and size < min(WORTH * largest, most)):
+            return largest
+
+
+def _next(fits: list[tuple[int, float]], over: tuple[int, float] | None, memory: float, most: int) -> int:
+    """The chunk to measure next, from those that fit, growing, and the smallest that does not."""
+    if over is not None and (not fits or over[1] == math.inf):
+        return ((fits[-1][0] if fits else 0) + over[0]) // 2
+    count, low = fits[-1]
+    if over is not None:
+        return count + int((memory - low) / (over[1] - low) * (over[0] - count))
+    size = min(most, math.ceil(count * min(2, max(memory / max(low, 1), 1 / FILL))))
+    if len(fits) > 1 and low > fits[-2][1]:
+        per_sample = (low - fits[-2][1]) / (count - fits[-2][0])
+        size = min(size, count + int((memory - low) / per_sample))
+    return size
+
+
+def _peak(sample: Inputs, calls: Mapping[bool, int], replicas: Replicas, start: StepStart) -> float:
+    """Bytes at most, in the stream that takes most, of a call with a graph and one without, of so many samples.
+
+    Infinite if they are more than there are. The model is called without what wraps it, which might talk to other
+    ranks.
+    """
+    peaks, size = list[float](), batch_size(sample)
+    try:
+        for graph, count in calls.items():
+            for part in _parts(select(sample, [row % size for row in range(count)]), replicas):
+                with _Peak(replicas.device) as peak, replicas.reducing(False):
+                    _run(part, replicas, graph)
+                start.restore()
+                peaks.append(peak.bytes)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        peaks = [math.inf]
+    finally:
+        start.restore()
+    if math.inf in peaks:  # outside of the handler, because the error holds on to tensors
+        clear_device_cache(garbage_collection=True)
+    return max(peaks)
+
+
+def _parts(inputs: Inputs, replicas: Replicas) -> list[Inputs]:
+    """What the encoder is called with, stream by stream."""
+    parts, _ = split_streams(inputs, getattr(replicas.model, "streams", {None: ()}))
+    return [part if name is None else {name: part} for name, part in parts.items()]
+
+
+def _run(inputs: Inputs, replicas: Replicas, graph: bool) -> None:
+    """One call beside the gradients of all weights, which are there in the second pass; with a graph backward too."""
+    for each in replicas.parameters:
+        each.grad = torch.zeros_like(each) if each.requires_grad else None
+    encoded = encode(replicas.model, inputs, device=replicas.device, retain=graph)
+    outputs = [output for output in encoded.replay().values() if output.requires_grad] if graph else []
+    if outputs:
+        torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
+
+
+class _Peak:
+    """A block whose peak memory is measured: by the allocator on CUDA, by the tensors alive elsewhere."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.live, self.bytes = device, LiveBytes(), 0
+
+    def __enter__(self) -> "_Peak":
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            self.live.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)  # the run's own peak is yet to come
+        else:
+            self.live.__exit__(*error)
+            self.bytes = self.live.peak
+
+
+def _bound(memory: float | None, device: torch.device) -> float:
+    if memory is not None and (memory <= 0 or (memory <= 1 and device.type != "cuda")):
+        raise ValueError(
+            f"expected bytes, or on CUDA a fraction of its memory, got {memory} on {device.type}"
+        )
+    if memory is not None and memory > 1:
+        return memory
+    if device.type == "cuda":  # what others have is not ours, what the allocator keeps is
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    else:
+        free = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return free * (FILL if memory is None else memory)
