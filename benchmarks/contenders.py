@@ -27,7 +27,8 @@ from transformers import BatchEncoding
 
 from benchmarks.clips import Batch
 from gc_accel import DualEncoder, GradientCache
-from gc_accel.inputs.nested import split, split_streams
+from gc_accel.contracts import streams_of
+from gc_accel.inputs.nested import split
 from gc_accel.inputs.trimming import length_sorted_chunks
 from gc_accel.losses import CLIPLoss
 
@@ -55,7 +56,7 @@ def loss_of(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
 
 def encode(encoder: DualEncoder, batch: Batch) -> dict[str, Tensor]:
     """Both towers in one call."""
-    return encoder(**split_streams(batch, encoder.streams)[0])
+    return encoder(**streams_of(encoder).split(batch))
 
 
 def direct(encoder: DualEncoder, chunk_size: int) -> Step:
@@ -93,7 +94,7 @@ def grad_cache(encoder: DualEncoder, chunk_size: int, cls: Any = None) -> Step:
     cache = cls(models=towers, chunk_sizes=chunk_size, loss_fn=loss)
 
     def step(batch: Batch) -> None:
-        parts, _ = split_streams(batch, encoder.streams)
+        parts = streams_of(encoder).split(batch)
         frozen = {name: encoder(**{name: parts[name]})[name] for name in encoder.frozen_streams}
         cache(*(parts[name] for name in names), **frozen)
 
@@ -114,7 +115,7 @@ def sentence_transformers(encoder: DualEncoder, chunk_size: int) -> Step:
         directions=("query_to_doc", "doc_to_query"),
         partition_mode="per_direction",
     )
-    return lambda batch: loss(split_streams(batch, encoder.streams)[0].values(), None).backward()
+    return lambda batch: loss(streams_of(encoder).split(batch).values(), None).backward()
 
 
 def accum_freq(encoder: DualEncoder, chunk_size: int) -> Step:
@@ -183,7 +184,7 @@ class _Pairs:
     """A batch as the loader that open_clip trains from: pairs of images and texts, chunk by chunk."""
 
     def __init__(self, encoder: DualEncoder, batch: Batch, chunk_size: int) -> None:
-        self.chunks = [split_streams(chunk, encoder.streams)[0] for chunk in split(batch, chunk_size)]
+        self.chunks = [streams_of(encoder).split(chunk) for chunk in split(batch, chunk_size)]
         self.num_batches = self.num_samples = len(self.chunks)
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:

@@ -11,6 +11,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 FOLDERS = {  # where modules are now, below `gc_accel`, and the names that they had there before
+    "compat": ("functional",),
     "data.builtin": ("data.digits", "data.numbers", "data.passages", "data.scans"),
     "data.loading": ("data.loader", "data.plan", "data.streaming"),
     "data.sources": ("data.precomputed", "data.readers", "data.rows", "data.triplets"),
@@ -32,6 +33,8 @@ RENAMED = {
     "chunk_fitting": "memory.fitting",
     "chunk_size": "memory.chunk_sizes",
     "chunking": "inputs.nested",
+    "distributed.alignment": "engine.alignment",
+    "equivalence.graph": "state.graph",
     "equivalence.joining": "inputs.joining",
     "numerics": "engine.checks",
     "training.planning": "programs.planning",

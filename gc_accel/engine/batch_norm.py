@@ -10,13 +10,12 @@ of the full batch are out of reach for a layer of the backbone, as no chunk can 
 been; a head may have them, after the cut (`FullBatchHead`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-
-from gc_accel.state.modules import modules_of
 
 Policy = Literal["error", "frozen", "ghost"]
 
@@ -24,15 +23,19 @@ Policy = Literal["error", "frozen", "ghost"]
 class BatchNorms:
     """The BatchNorm layers of an encoder under a policy.
 
+    Args:
+        encoder: not wrapped; of a function the modules are met when it calls them.
+        policy: what to do about the layers.
+
     Raises:
         ValueError: there is no such policy.
     """
 
-    def __init__(self, model: Any, policy: Policy) -> None:
+    def __init__(self, encoder: Callable[..., Any], policy: Policy) -> None:
         if policy not in get_args(Policy):
             raise ValueError(f"expected a BatchNorm policy of {get_args(Policy)}, got {policy!r}")
-        self.modules, self.policy = modules_of(model), policy
-        self.tracking: list[_BatchNorm] = []  # those that move running statistics in this step
+        self.encoder, self.policy = encoder, policy
+        self.tracking = list[_BatchNorm]()  # those that move running statistics in this step
 
     def begin_step(self) -> None:
         """Freeze the layers, or refuse those that would see chunks for batches.
@@ -40,14 +43,21 @@ class BatchNorms:
         Raises:
             ValueError: a layer is in training mode, or has no running statistics to be frozen at.
         """
+        self.tracking.clear()
+        if isinstance(self.encoder, nn.Module):
+            self.meet(self.encoder)
+
+    def meet(self, module: nn.Module) -> None:
+        """Likewise for the layers of one module, before it is called."""
+        layers = dict(_layers(module))
         if self.policy == "ghost":
-            layers = (layer for _, layer in self._layers())
-            self.tracking = [each for each in layers if each.training and each.track_running_stats]
+            moving = (each for each in layers.values() if each.training and each.track_running_stats)
+            self.tracking += [each for each in moving if each not in self.tracking]
             return
         if self.policy == "frozen":
-            for _, layer in self._layers():
+            for layer in layers.values():
                 layer.eval()
-        if names := [name for name, each in self._layers() if each.training or each.running_mean is None]:
+        if names := [name for name, each in layers.items() if each.training or each.running_mean is None]:
             raise ValueError(
                 f"expected no BatchNorm in training mode, got {names}: each chunk would have statistics of its own. "
                 "Freeze it (batch_norm='frozen', or eval mode), accept them (batch_norm='ghost'), or use GroupNorm"
@@ -64,9 +74,10 @@ class BatchNorms:
             for layer in self.tracking:
                 layer.track_running_stats = True
 
-    def _layers(self) -> Iterator[tuple[str, _BatchNorm]]:
-        for model in self.modules:
-            on_full_batch = tuple(f"{name}." for name in getattr(model, "after_cut", ()))
-            for name, module in model.named_modules():
-                if isinstance(module, _BatchNorm) and not name.startswith(on_full_batch):
-                    yield name, module
+
+def _layers(module: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
+    """All but those that see the whole batch."""
+    after_cut = tuple(f"{name}." for name in getattr(module, "after_cut", ()))
+    for name, layer in module.named_modules():
+        if isinstance(layer, _BatchNorm) and not name.startswith(after_cut):
+            yield name, layer

@@ -12,10 +12,10 @@ from torch import Tensor
 from gc_accel.engine.checks import check_rows
 from gc_accel.engine.transfer import to_device
 from gc_accel.inputs.nested import Inputs, batch_size, call, named
+from gc_accel.state.autocast import AutocastState
 from gc_accel.state.rng import RngState
 
 Named = dict[Any, Tensor]
-Parts = dict[Any, Inputs]  # inputs of a call, by stream
 
 
 class Encoded(NamedTuple):
@@ -23,6 +23,7 @@ class Encoded(NamedTuple):
 
     leaves: Named  # its representations, which hold the cached gradients after the loss
     replay: Callable[[], Named]  # the same again, with a graph
+    keeps_graph: bool = False  # of the first pass, so that `replay` need not encode again
 
 
 def encode(fn: Callable[..., Any], chunk: Inputs, *, device: torch.device, retain: bool = False) -> Encoded:
@@ -31,17 +32,17 @@ def encode(fn: Callable[..., Any], chunk: Inputs, *, device: torch.device, retai
     Returns its outputs as leaves in float32 (float64 stays), and `replay`, which gives them again with a graph
     from the same RNG state. `retain` keeps the graph of this pass for it.
     """
-    state = RngState.current(device)
+    state, autocast = RngState.current(device), AutocastState.current(device)
     with torch.set_grad_enabled(retain):
         outputs = _run(fn, chunk, device)
     drew = not state.is_current()
     kept = outputs if retain else None  # without a graph they may be views of much more
 
     def replay() -> Named:
-        with torch.enable_grad(), state.replayed() if drew else nullcontext():
+        with torch.enable_grad(), autocast.restored(), state.replayed() if drew else nullcontext():
             return kept or _run(fn, chunk, device)
 
-    return Encoded(_leaves(outputs), replay)
+    return Encoded(_leaves(outputs), replay, retain)
 
 
 def encode_together(
@@ -61,7 +62,7 @@ def encode_together(
         whole: the chunks end to end.
         shared: outputs that are the same for all samples.
     """
-    state = RngState.current(device)
+    state, autocast = RngState.current(device), AutocastState.current(device)
     with torch.no_grad():
         outputs = _run(fn, whole, device)
     if not state.is_current():
@@ -69,7 +70,7 @@ def encode_together(
         return None
 
     def replay(chunk: Inputs) -> Named:
-        with torch.enable_grad():
+        with torch.enable_grad(), autocast.restored():
             return _run(fn, chunk, device)
 
     sizes = [batch_size(chunk) for chunk in chunks]
@@ -85,8 +86,8 @@ def encode_together(
 def by_name(calls: Iterable[Encoded]) -> dict[Any, list[Tensor]]:
     """The leaves of several chunks, by name, in the order of the chunks."""
     found = defaultdict[Any, list[Tensor]](list)
-    for leaves, _ in calls:
-        for name, leaf in leaves.items():
+    for call in calls:
+        for name, leaf in call.leaves.items():
             found[name].append(leaf)
     return found
 

@@ -7,10 +7,11 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
+from gc_accel.contracts import streams_of
 from gc_accel.engine.encoding import encode
 from gc_accel.equivalence.errors import order, representation_error
 from gc_accel.equivalence.state import State
-from gc_accel.inputs.nested import Inputs, split_streams
+from gc_accel.inputs.nested import Inputs
 
 
 def representation_drift(encoder: Callable[..., Any], chunk: Inputs, device: torch.device) -> float:
@@ -29,10 +30,10 @@ def representation_drift(encoder: Callable[..., Any], chunk: Inputs, device: tor
     if isinstance(encoder, nn.Module):  # past DDP, which would wait for the backward pass of a forward
         model = extract_model_from_parallel(encoder, keep_torch_compile=False)
     modules = model.named_modules() if isinstance(model, nn.Module) else ()
-    parts, _ = split_streams(chunk, getattr(model, "streams", {None: ()}))
+    streams = streams_of(model)
     largest = 0.0
     with State(modules, device, weights=False).kept():
-        for name, part in parts.items():
-            leaves, replay = encode(model, part if name is None else {name: part}, device=device)
-            largest = max(largest, representation_error(replay(), leaves), key=order)
+        for name, part in streams.split(chunk).items():
+            encoded = encode(model, streams.arguments(name, part), device=device)
+            largest = max(largest, representation_error(encoded.replay(), encoded.leaves), key=order)
     return largest

@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gc_accel.equivalence import suspects
 from gc_accel.equivalence.errors import Gradients, loss_error
-from gc_accel.equivalence.graph import REENTRANT, leaves_and_nodes
+from gc_accel.state.graph import REENTRANT, leaves_and_nodes
 from gc_accel.equivalence.steps import Step, Steps
 from gc_accel.equivalence.suspects import Suspect
 from gc_accel.gradient_cache import GradientCache

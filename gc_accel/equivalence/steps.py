@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gc_accel.engine.encoding import Encoded, Named, Parts
 from gc_accel.equivalence.errors import Gradients, order, representation_error
-from gc_accel.equivalence.graph import leaves_and_nodes
+from gc_accel.state.graph import leaves_and_nodes
 from gc_accel.equivalence.state import State
 from gc_accel.gradient_cache import GradientCache
 from gc_accel.inputs.joining import join

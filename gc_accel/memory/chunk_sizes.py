@@ -1,24 +1,24 @@
-"""How many samples the encoder sees at once: given, measured (`chunk_fitting.py`), halved when memory runs out."""
+"""How many samples the encoder sees at once: given, measured (`fitting.py`), halved when memory runs out."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from numbers import Integral
 from typing import Any, Literal
 
+from gc_accel.contracts import streams_of
 from gc_accel.distributed import Replicas
 from gc_accel.inputs.nested import Inputs
-from gc_accel.memory.fitting import chunks_per_call, fit_chunk_size
+from gc_accel.memory.fitting import fit_chunk_size
 
 ChunkSize = int | Mapping[str, int] | Literal["auto"]
 
 
 class ChunkSizes:
-    """Samples of a chunk and of a call of the first pass, by stream.
+    """Samples of a chunk, by stream.
 
     Args:
         chunk_size: for all streams, by stream, or "auto".
-        forward_chunk_size: of a call of the first pass; None: see `chunks_per_call`.
+        forward_chunk_size: of a call of the first pass; None: see `engine/joining.py`.
         memory: for "auto", see `fit_chunk_size`.
-        streams: of the encoder.
         replicas: of the encoder.
 
     Raises:
@@ -30,13 +30,12 @@ class ChunkSizes:
         chunk_size: ChunkSize,
         forward_chunk_size: int | None,
         memory: float | None,
-        streams: Iterable[Any],
         replicas: Replicas,
     ) -> None:
-        self.replicas, self.streams, self.memory = replicas, list(streams), memory
+        self.replicas, self.memory = replicas, memory
+        self.streams = streams_of(replicas.model).names
         self.forward_chunk_size = forward_chunk_size
-        self.chunks: dict[Any, int] = {}
-        self.calls: dict[Any, int] = {}
+        self.by_stream: dict[Any, int] = {}
         if not isinstance(chunk_size, str):
             self._set(
                 chunk_size if isinstance(chunk_size, Mapping) else dict.fromkeys(self.streams, chunk_size)
@@ -48,7 +47,7 @@ class ChunkSizes:
 
     def settle(self, sample: Inputs) -> None:
         """Find the size of "auto" with some samples, unless that has been done."""
-        if not self.chunks:
+        if not self.by_stream:
             found = fit_chunk_size(
                 sample, self.replicas, self.memory, forward_chunk_size=self.forward_chunk_size
             )
@@ -56,18 +55,15 @@ class ChunkSizes:
 
     def halve(self) -> None:
         """Go on with half as many samples at once."""
-        for sizes in (self.chunks, self.calls):
-            sizes.update({stream: max(1, size // 2) for stream, size in sizes.items()})
+        self.by_stream.update({stream: max(1, size // 2) for stream, size in self.by_stream.items()})
 
     def __str__(self) -> str:
-        sizes = (str(size) if name is None else f"{size} ({name})" for name, size in self.chunks.items())
+        sizes = (str(size) if name is None else f"{size} ({name})" for name, size in self.by_stream.items())
         return ", ".join(sizes)
 
     def _set(self, sizes: Mapping[Any, int]) -> None:
         self._check(sizes)
-        factor = chunks_per_call(self.replicas.model, on_host=self.replicas.device.type == "cpu")
-        self.chunks = dict(sizes)
-        self.calls = {name: self.forward_chunk_size or factor * size for name, size in sizes.items()}
+        self.by_stream = dict(sizes)
 
     def _check(self, sizes: Mapping[Any, int]) -> None:
         forward = self.forward_chunk_size

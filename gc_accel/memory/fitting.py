@@ -13,38 +13,29 @@ and an intercept of 0 or more: here the new gradients of the weights, there acti
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import psutil
 import torch
 from accelerate.utils.memory import clear_device_cache
-from torch import nn
+from torch import Tensor, nn
 
 from gc_accel.distributed import Replicas
 from gc_accel.distributed.collectives import lowest
+from gc_accel.contracts import streams_of
 from gc_accel.engine.encoding import encode
-from gc_accel.inputs.nested import Inputs, batch_size, select, split_streams
+from gc_accel.engine.joining import JoinedCalls
+from gc_accel.inputs.nested import Inputs, batch_size, select
 from gc_accel.memory.meters import LiveBytes
-from gc_accel.memory.recovery import StepStart, is_out_of_memory
+from gc_accel.memory.recovery import is_out_of_memory
+from gc_accel.state.modules import meeting
+from gc_accel.state.snapshot import Snapshot
 
 FEW = 4  # samples to begin measuring with
 FILL = 0.9  # of the memory that is there
 WORTH = 1.05  # times the samples are worth another measurement
 ADAM = 2  # copies of the weights that train, which come with the first step of the optimizer
-CALLS_OF = 4  # chunks, in the first pass on an accelerator
-CHECKPOINTING = (
-    "gradient_checkpointing",
-    "grad_checkpointing",
-)  # in modules of transformers; of timm, open_clip
-
-
-def chunks_per_call(model: Any, *, on_host: bool) -> int:
-    """How many chunks share a call of the first pass: several keep an accelerator busy, and take no more memory than
-    the graph of one, unless that is checkpointed."""
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    checkpoints = any(getattr(module, name, False) for module in modules for name in CHECKPOINTING)
-    return 1 if on_host or checkpoints else CALLS_OF
 
 
 def fit_chunk_size(
@@ -66,7 +57,7 @@ def fit_chunk_size(
         memory: bytes, on the CPU beside those of weights and inputs; on CUDA also, up to 1, a fraction of what is
             free. None: most of what is free, on the CPU of this process's share in it.
         most: samples of a chunk; None: of `sample`.
-        forward_chunk_size: samples of a call without a graph; None: of some chunks (`chunks_per_call`).
+        forward_chunk_size: samples of a call without a graph, see `samples_of_a_call`.
         world_size: processes that will train; None: those that `replicas` know of.
 
     Raises:
@@ -75,14 +66,14 @@ def fit_chunk_size(
     if replicas.sharded:
         raise ValueError('expected a number of samples for sharded parameters, got chunk_size="auto"')
     world_size = replicas.world_size if world_size is None else world_size
-    limit, start = most or batch_size(sample), StepStart(replicas)
-    trained = sum(each.nbytes for each in replicas.parameters if each.requires_grad)
+    limit, start = most or batch_size(sample), _noted(replicas, sample)
+    trained = sum(each.nbytes for each in start.grads if each.requires_grad)
     reserved = (ADAM + (world_size > 1)) * trained
     bound = _bound(memory, replicas.device)
-    per_call = chunks_per_call(replicas.model, on_host=replicas.device.type == "cpu")
+    joined = JoinedCalls(replicas.model, forward_chunk_size, replicas.device)
 
     def peak(count: int) -> float:
-        together = min(max(count, forward_chunk_size or per_call * count), limit)
+        together = min(joined.samples(count), limit)
         calls = {True: count} | ({False: together} if together > count else {})
         return _peak(sample, calls, replicas, start)
 
@@ -134,7 +125,7 @@ def _next(fits: list[tuple[int, float]], over: tuple[int, float] | None, memory:
     return size
 
 
-def _peak(sample: Inputs, calls: Mapping[bool, int], replicas: Replicas, start: StepStart) -> float:
+def _peak(sample: Inputs, calls: Mapping[bool, int], replicas: Replicas, start: Snapshot) -> float:
     """Bytes at most, in the stream that takes most, of a call with a graph and one without, of so many samples.
 
     Infinite if they are more than there are. The model is called without what wraps it, which might talk to other
@@ -144,8 +135,8 @@ def _peak(sample: Inputs, calls: Mapping[bool, int], replicas: Replicas, start: 
     try:
         for graph, count in calls.items():
             for part in _parts(select(sample, [row % size for row in range(count)]), replicas):
-                with _Peak(replicas.device) as peak, replicas.reducing(False):
-                    _run(part, replicas, graph)
+                with _Peak(replicas.device) as peak, replicas.adding_up():
+                    _run(part, replicas, start.grads, graph)
                 start.restore()
                 peaks.append(peak.bytes)
     except (RuntimeError, MemoryError) as error:
@@ -161,18 +152,20 @@ def _peak(sample: Inputs, calls: Mapping[bool, int], replicas: Replicas, start: 
 
 def _parts(inputs: Inputs, replicas: Replicas) -> list[Inputs]:
     """What the encoder is called with, stream by stream."""
-    parts, _ = split_streams(inputs, getattr(replicas.model, "streams", {None: ()}))
-    return [part if name is None else {name: part} for name, part in parts.items()]
+    streams = streams_of(replicas.model)
+    return [streams.arguments(name, part) for name, part in streams.split(inputs).items()]
 
 
-def _run(inputs: Inputs, replicas: Replicas, graph: bool) -> None:
-    """One call beside the gradients of all weights, which are there in the second pass; with a graph backward too."""
-    for each in replicas.parameters:
-        each.grad = torch.zeros_like(each) if each.requires_grad else None
-    encoded = encode(replicas.model, inputs, device=replicas.device, retain=graph)
-    outputs = [output for output in encoded.replay().values() if output.requires_grad] if graph else []
-    if outputs:
-        torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
+def _noted(replicas: Replicas, sample: Inputs) -> Snapshot:
+    """Weights and buffers of the encoder; those of a function are met when it is called."""
+    snapshot = Snapshot(replicas.device)
+    if isinstance(replicas.model, nn.Module):
+        snapshot.note(replicas.model)
+        return snapshot
+    with torch.no_grad(), meeting(snapshot.note):
+        encode(replicas.model, select(sample, [0]), device=replicas.device)
+    snapshot.restore()
+    return snapshot
 
 
 class _Peak:

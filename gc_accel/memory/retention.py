@@ -1,22 +1,21 @@
-"""How many samples keep the graph of their first pass, and so need no second forward.
+"""How many chunks keep the graph of their first pass, and so need no second forward.
 
-With k of n chunks retained a step costs 1 + (n - k) / 3n direct steps, if a backward pass costs two forward
-passes: 4/3 where none is retained, 1 where all are. One retained chunk costs no memory, as the second pass
-needs one graph at a time anyway. With "auto" the first step retains that one and counts the bytes that autograd
-saves for a sample of each stream; from then on there are as many as a budget of bytes allows, of the costliest
-stream first, and one at least.
+With k of n graphs kept a step costs 1 + (n - k) / 3n direct steps, if a backward pass costs two forward passes: 4/3
+where none is kept, 1 where all are. One graph costs no memory, as the second pass needs one at a time anyway. With "auto"
+the first step keeps that one and counts the bytes that autograd saves for a sample of each stream; from then on there
+are as many as a budget of bytes allows, of the costliest stream first, and one at least.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from accelerate.utils import recursively_apply
 from torch import Tensor
 
+from gc_accel.contracts import Streams
 from gc_accel.distributed import Replicas
-from gc_accel.inputs.nested import Inputs, batch_size
 from gc_accel.memory.meters import SavedBytes, peak_memory_mib
 
 FILL = 0.9  # of the memory of a device
@@ -25,7 +24,7 @@ Retain = int | Literal["all", "auto"]
 
 
 class Retention:
-    """What is retained, by stream, in samples.
+    """Graphs that are kept, by stream, in chunks.
 
     Args:
         retain: how many chunks of the costliest stream, "all" chunks of all streams, or "auto".
@@ -61,39 +60,25 @@ class Retention:
         self.per_sample: dict[Any, float] = {}  # bytes of a stream's graph
         self.automatic: dict[Any, float] | None = None  # the limits that "auto" has come to
 
-    @property
-    def counts_chunks(self) -> bool:
-        """Whether limits stand for a number of chunks, however many samples these have."""
-        return self.retain != "auto"
-
-    def limits(
-        self, trained: Sequence[Any], streams: Iterable[Any], chunk_sizes: Mapping[Any, int]
-    ) -> dict[Any, float]:
-        """By stream, the samples whose graph is retained.
-
-        Args:
-            trained: streams that train, the costliest first.
-            streams: all of them.
-            chunk_sizes: by stream.
-        """
-        without_limit = dict.fromkeys(streams, math.inf)
+    def limits(self, streams: Streams) -> dict[Any, float]:
+        """By stream, how many chunks keep their graph; none of a frozen stream, which has no graph."""
         if self.retain == "all":
-            return without_limit
-        costliest, *others = trained
+            return {name: 0 if name in streams.frozen else math.inf for name in streams.names}
+        limits = dict.fromkeys(streams.names, 0.0)
+        if not streams.trained:
+            return limits
         if self.automatic is not None:
-            at_least = max(self.automatic[costliest], chunk_sizes[costliest])
-            return without_limit | self.automatic | {costliest: at_least}
-        count = 1 if self.retain == "auto" else int(self.retain)
-        return without_limit | {costliest: count * chunk_sizes[costliest]} | dict.fromkeys(others, 0)
+            limits |= {name: self.automatic[name] for name in streams.trained}
+        costliest = streams.trained[0]
+        return limits | {costliest: max(limits[costliest], 1 if self.retain == "auto" else int(self.retain))}
 
-    def metered(self, parts: Mapping[Any, Inputs], fn: Callable[..., Any]) -> Callable[..., Any]:
+    def metered(self, stream: Any, size: int, fn: Callable[..., Any]) -> Callable[..., Any]:
         """The function itself; with "auto", until it has decided, one that counts the bytes of its graph.
 
         Args:
-            parts: by stream, what it will be called with.
+            stream, size: of the chunk that it will be called with.
         """
-        stream, part = next(iter(parts.items()))
-        if self.retain != "auto" or self.automatic is not None or len(parts) > 1:
+        if self.retain != "auto" or self.automatic is not None:
             return fn
 
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -106,31 +91,31 @@ class Retention:
             saved = SavedBytes(besides=[*self.replicas.parameters, *inputs])
             with saved:
                 outputs = fn(*args, **kwargs)
-            found = saved.total / batch_size(part)
-            self.per_sample[stream] = max(found, self.per_sample.get(stream, 0))
+            self.per_sample[stream] = max(saved.total / size, self.per_sample.get(stream, 0))
             return outputs
 
         return counted
 
-    def decide(self, samples: Mapping[Any, int]) -> None:
+    def decide(self, chunks: Mapping[Any, int], chunk_sizes: Mapping[Any, int]) -> None:
         """At the end of a step: from the bytes of a sample to limits for the steps that follow.
 
         Args:
-            samples: of each stream that trains, the costliest first, in the step that ends.
+            chunks: how many there were, of each stream that trains, the costliest first.
+            chunk_sizes: by stream.
         """
         if self.retain != "auto" or self.automatic is not None:
             return
-        sizes = [self.per_sample.get(stream, 0) for stream in samples]
-        if not self.replicas.lowest([min(sizes, default=0)])[0]:  # some stream was in the joint call alone
+        sizes = [self.per_sample.get(name, 0) * chunk_sizes[name] for name in chunks]
+        if not self.replicas.lowest([min(sizes, default=0)])[0]:  # nothing of some stream trains
             return
         left, limits = self._budget(), list[float]()
-        for size, count in zip(sizes, samples.values(), strict=True):
+        for size, count in zip(sizes, chunks.values(), strict=True):
             limits.append(min(count, left // size))
             left -= limits[-1] * size
-        if limits == list(samples.values()):  # room for all of it, and as much more in a larger batch
-            needed = sum(size * count for size, count in zip(sizes, samples.values(), strict=True))
+        if limits == list(chunks.values()):  # room for all of it, and as much more in a larger batch
+            needed = sum(size * count for size, count in zip(sizes, chunks.values(), strict=True))
             limits = [limit * (needed + left) // needed for limit in limits]
-        self.automatic = dict(zip(samples, self.replicas.lowest(limits), strict=True))
+        self.automatic = dict(zip(chunks, self.replicas.lowest(limits), strict=True))
 
     def give_up(self) -> None:
         """Retain one chunk at most from now on, because memory has run out."""

@@ -22,12 +22,13 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
+from gc_accel.contracts import streams_of
 from gc_accel.data import ChunkedLoader, StreamLoader
 from gc_accel.distributed import GlobalLoss, RankedBatch
 from gc_accel.equivalence import check_equivalence_chunks, representation_drift
 from gc_accel.evaluation import retrieval_metrics
 from gc_accel.gradient_cache import GradientCache
-from gc_accel.inputs.nested import batch_size, call, slice_inputs, split_streams
+from gc_accel.inputs.nested import batch_size, call, slice_inputs
 from gc_accel.memory.meters import peak_memory_mib
 from gc_accel.memory.recovery import is_out_of_memory
 from gc_accel.training.arguments import CachedContrastiveArguments
@@ -258,7 +259,8 @@ class CachedContrastiveTrainer(Trainer):
         for chunk in dataloader:
             if chunk is None:  # every sample of it was left out
                 continue
-            inputs, labels = split_streams(send_to_device(chunk, self.args.device), self.encoder.streams)
+            chunk, streams = send_to_device(chunk, self.args.device), streams_of(self.encoder)
+            inputs, labels = streams.split(chunk), streams.extras(chunk)
             for name, value in (call(model, inputs) | labels).items():
                 parts[name].append(value.float() if value.is_floating_point() else value)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)

@@ -1,5 +1,5 @@
 """In place of `grad_cache.functional`."""
 
-from gc_accel.functional import cached, cat_input_tensor, gather_input_tensor
+from gc_accel.compat.functional import cached, cat_input_tensor, gather_input_tensor
 
 __all__ = ["cached", "cat_input_tensor", "gather_input_tensor"]

@@ -11,48 +11,46 @@ any of them has left. A rank without a chunk of it repeats its latest one, of wh
 Batches are still read chunk by chunk. The price is one number per chunk.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from gc_accel.distributed.collectives import lowest
 from gc_accel.engine.encoding import Encoded, Named
-from gc_accel.engine.schedule import Rows, Turn
+from gc_accel.engine.schedule import Chunk
 
 
-def align(
-    turns: Iterable[Turn], first: Mapping[Any, Rows], streams: Sequence[Any], device: torch.device
-) -> Iterator[Turn]:
-    """Turns of this rank, with repeated ones between them where other ranks have more.
+def align(chunks: Iterable[Chunk], streams: Sequence[Any], device: torch.device) -> Iterator[Chunk]:
+    """Chunks of this rank, with repeated ones between them where other ranks have more.
 
     Args:
-        turns: in the order in which this rank would encode them.
-        first: chunks by stream that stand in for one before there was any; filled by the time that `turns`
-            has been asked for its first, and empty only if this rank has no sample.
+        chunks: in the order in which this rank would encode them, of each batch all streams in their order. So a rank
+            that has to repeat a chunk of a stream has had one.
         streams: in the same order on every rank.
         device: of the process group.
 
     Raises:
         ValueError: a rank has no sample; on all of them, so that none waits.
     """
-    remaining = iter(turns)
-    turn = next(remaining, None)
-    latest = dict(first)
+    remaining = iter(chunks)
+    chunk = next(remaining, None)
+    latest = dict[Any, Chunk]()
     while True:
-        own = -1 if not latest else len(streams) if turn is None else streams.index(turn.stream)
-        chosen = int(lowest([own], device)[0])
+        place = len(streams) if chunk is None else streams.index(chunk.stream)
+        if chunk is None and not latest:
+            place = -1
+        chosen = int(lowest([place], device)[0])
         if chosen < 0:
             raise ValueError("expected a sample on every rank, got none on one: drop the last batch there")
         if chosen == len(streams):
             return
-        stream = streams[chosen]
-        if turn is not None and own == chosen:
-            latest[stream] = turn.rows
-            yield turn
-            turn = next(remaining, None)
+        if chunk is not None and place == chosen:
+            latest[chunk.stream] = chunk
+            yield chunk
+            chunk = next(remaining, None)
         else:
-            yield Turn(stream, latest[stream], counts=False)
+            yield latest[streams[chosen]]._replace(counts=False)
 
 
 def without_rows(encoded: Encoded) -> Encoded:
@@ -62,4 +60,4 @@ def without_rows(encoded: Encoded) -> Encoded:
         return {name: output[:0] for name, output in encoded.replay().items()}
 
     leaves = {name: leaf.detach()[:0].requires_grad_() for name, leaf in encoded.leaves.items()}
-    return Encoded(leaves, empty)
+    return Encoded(leaves, empty, encoded.keeps_graph)
