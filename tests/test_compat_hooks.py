@@ -163,6 +163,24 @@ def test_get_input_tensors_strictly():
         step.get_input_tensors(nested)
 
 
+def test_get_input_tensors_of_ones_own_is_asked_within_containers():
+    class Bag:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+    class Opened(GradCache):
+        def get_input_tensors(self, model_input):
+            return (
+                [model_input.tensor]
+                if isinstance(model_input, Bag)
+                else super().get_input_tensors(model_input)
+            )
+
+    models, (x, y) = towers(), batch()
+    tensors = cache(Opened, models).get_input_tensors({"x": x, "more": [Bag(y)]})
+    assert [id(each) for each in tensors] == [id(x), id(y)]
+
+
 def test_a_random_context_may_be_entered_again_and_leaves_no_trace():
     context = RandContext(torch.zeros(1))
     drawn = torch.rand(3)

@@ -17,8 +17,8 @@ from transformers import Qwen2VLConfig, Qwen2VLImageProcessor, Qwen2VLModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm
 
 from gc_accel import GradientCache, check_equivalence
-from gc_accel.inputs.nested import batch_size, concatenate, select, slice_inputs, split
-from gc_accel.inputs.packing import Packed, images_per_sample, pack, unpacked
+from gc_accel.inputs.nested import batch_size, concatenate, select, slice_inputs, split, unpacked
+from gc_accel.inputs.packing import Packed, images_per_sample, pack
 from gc_accel.losses import dense
 from tests.comparing import assert_equal, gradients
 from tests.ranks import run_on_ranks
@@ -182,7 +182,7 @@ def test_equivalence_is_checked_on_packed_inputs_too():
 
 
 def test_unpacked_inputs_are_refused_with_a_word_on_packing():
-    with pytest.raises(ValueError, match=r"'pixel_values'\] has .*gc_accel\.packing\.pack"):
+    with pytest.raises(ValueError, match=r"'pixel_values'\] has .*gc_accel\.inputs\.packing\.pack"):
         GradientCache(Pages().double(), contrast, 2).forward_backward(whole())
 
 

@@ -12,8 +12,9 @@ global batch to `backward`, because the mean over W ranks is where the chain rul
 in `distributed.py`, and here no engine applies it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from functools import partial, wraps
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from gc_accel.distributed import RankedBatch
 from gc_accel.engine.encoding import encode
+from gc_accel.inputs.walk import flatten
 from gc_accel.state.rng import CPU, device_in_use
 
 
@@ -144,18 +146,9 @@ def _check_leaves(leaves: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> N
 
 def _device(*values: Any) -> torch.device:
     """The first accelerator that holds an argument, or the current CUDA device if CUDA is in use, or the CPU."""
-    found = (tensor.device for tensor in _walk(values))
-    return next((device for device in found if device != CPU), device_in_use())
-
-
-def _walk(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, nn.Module):
-        yield from value.parameters()
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from _walk(each)
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from _walk(each)
+    tensors = chain.from_iterable(
+        value.parameters() if isinstance(value, nn.Module) else [value]
+        for value in flatten(values)
+        if isinstance(value, (nn.Module, Tensor))
+    )
+    return next((tensor.device for tensor in tensors if tensor.device != CPU), device_in_use())

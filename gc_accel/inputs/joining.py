@@ -1,46 +1,39 @@
-"""Chunks as the batch that they are the pieces of."""
+"""Chunks joined to the batch that they were cut from."""
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Size, Tensor
 from torch.nn.functional import pad
 
-from gc_accel.inputs.nested import Inputs
-from gc_accel.inputs.packing import Packed
+from gc_accel.inputs.nested import concatenate
+from gc_accel.inputs.walk import Inputs, leaves, map_samples
 
 
-def join(chunks: Sequence[Inputs], path: str = "batch") -> tuple[Inputs, list[str]]:
+def join(chunks: Sequence[Inputs]) -> tuple[Inputs, list[str]]:
     """The whole batch, and the paths of the inputs that had to be padded.
 
-    Per-sample tensors are joined along their first dimension. Those of different widths, such as captions that
-    each chunk pads to its own longest, are padded with zeros, which is what an attention mask wants; lists
-    are joined end to end; what belongs to the whole batch is taken from the first chunk.
+    Per-sample values are joined as by `concatenate`. Tensors of different widths, such as captions that each chunk
+    pads to its own longest, are padded with zeros, which is what an attention mask wants.
     """
-    first = chunks[0]
-    if isinstance(first, Tensor) and first.ndim:
-        return _join_tensors(chunks, path)
-    if isinstance(first, Packed):
-        return Packed.join(chunks), []
-    if isinstance(first, Mapping):
-        parts = {key: join([chunk[key] for chunk in chunks], f"{path}[{key!r}]") for key in first}
-        return {key: part for key, (part, _) in parts.items()}, [
-            p for _, found in parts.values() for p in found
-        ]
-    if isinstance(first, (list, tuple)):
-        if not any(isinstance(value, (Tensor, Mapping, Packed)) for value in first):
-            return [value for chunk in chunks for value in chunk], []
-        columns = [join(column, f"{path}[{i}]") for i, column in enumerate(zip(*chunks, strict=True))]
-        return type(first)(part for part, _ in columns), [p for _, found in columns for p in found]
-    return first, []
+    shapes = defaultdict[str, set[Size]](set)
+    for chunk in chunks:
+        for path, value in leaves(chunk):
+            if isinstance(value, Tensor):
+                shapes[path].add(value.shape[1:])
+    batch = map_samples(lambda *values: concatenate(_padded(values)), *chunks)
+    return batch, [path for path, widths in shapes.items() if len(widths) > 1]
 
 
-def _join_tensors(tensors: Sequence[Tensor], path: str) -> tuple[Tensor, list[str]]:
-    shapes = {tensor.shape[1:] for tensor in tensors}
-    widest = [max(sizes) for sizes in zip(*shapes, strict=True)]
+def _padded(values: Sequence[Any]) -> Sequence[Any]:
+    """Tensors `(C, ...)` as wide as the widest of them; other values as they are."""
+    if not isinstance(values[0], Tensor):
+        return values
+    widest = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in values), strict=True)]
     padded = []
-    for tensor in tensors:
-        missing = [size - own for size, own in zip(widest, tensor.shape[1:], strict=True)]
+    for tensor in values:
+        missing = [wide - size for wide, size in zip(widest, tensor.shape[1:], strict=True)]
         # `pad` counts from the last dimension, before and after each.
         padded.append(pad(tensor, [n for size in reversed(missing) for n in (0, size)]))
-    return torch.cat(padded), [path] if len(shapes) > 1 else []
+    return padded

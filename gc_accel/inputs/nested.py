@@ -1,10 +1,6 @@
-"""Nested inputs as chunks: measure, slice, join, call.
+"""Nested inputs as chunks: measure, cut, join, call.
 
-An encoder's inputs are a tensor, a list of inputs, a mapping (`dict`, `BatchEncoding`, `UserDict`) or a
-tuple of a list and a mapping. Every tensor in them has the batch as its first dimension; a list of plain
-values, such as captions, holds one value per sample; of a `Packed` value, such as the patches of images of any
-size, a sample has several rows or none. Anything else (`None`, a flag, a 0-d tensor) belongs to the whole batch
-and goes into every chunk.
+What is per sample in them, and what belongs to the whole batch and goes into every chunk, `walk` says.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,27 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gc_accel.inputs.packing import Packed, unpacked
-
-Inputs = Any
-INPUTS = 64  # by position, at most: a longer list is one of samples
+from gc_accel.inputs.packing import Packed
+from gc_accel.inputs.walk import Inputs, is_sequence_of_inputs, leaves, map_samples
 
 
 def batch_size(inputs: Inputs) -> int:
     """Number of samples in nested inputs.
 
     Raises:
-        ValueError: if there is no per-sample value, or two of them differ in length.
+        ValueError: there is no per-sample value, or two of them differ in length.
     """
-    lengths = dict(_lengths(inputs, "batch"))
+    lengths = {
+        path: len(value.counts if isinstance(value, Packed) else value) for path, value in leaves(inputs)
+    }
     if not lengths:
         raise ValueError(
             f"expected inputs that hold a tensor or a list of samples, got {type(inputs).__name__} without"
         )
     if len(set(lengths.values())) > 1:
-        found = ", ".join(f"{path} has {length}" for path, length in lengths.items())
+        listed = ", ".join(f"{path} has {length}" for path, length in lengths.items())
         raise ValueError(
-            f"expected the same number of samples in every input, got: {found}. Pair them up first, or mark "
+            f"expected the same number of samples in every input, got: {listed}. Pair them up first, or mark "
             "those of which a sample has several rows (gc_accel.inputs.packing.pack)"
         )
     return next(iter(lengths.values()))
@@ -41,32 +37,18 @@ def batch_size(inputs: Inputs) -> int:
 
 def slice_inputs(inputs: Inputs, start: int, stop: int) -> Inputs:
     """Samples `start` to `stop` of nested inputs, as views, in the same structure."""
-    if isinstance(inputs, Tensor):
-        return inputs[start:stop] if inputs.ndim else inputs
-    if isinstance(inputs, Packed):
-        return inputs.cut(start, stop)
-    if isinstance(inputs, Mapping):
-        return {key: slice_inputs(value, start, stop) for key, value in inputs.items()}
-    if isinstance(inputs, (list, tuple)):
-        if _is_container(inputs):
-            return type(inputs)(slice_inputs(value, start, stop) for value in inputs)
-        return inputs[start:stop]
-    return inputs
+    return map_samples(lambda v: v.cut(start, stop) if isinstance(v, Packed) else v[start:stop], inputs)
 
 
 def select(inputs: Inputs, indices: Sequence[int]) -> Inputs:
     """Some samples of nested inputs, in the order given, as copies, in the same structure."""
-    if isinstance(inputs, Tensor):
-        return inputs[list(indices)] if inputs.ndim else inputs
-    if isinstance(inputs, Packed):
-        return inputs.select(indices)
-    if isinstance(inputs, Mapping):
-        return {key: select(value, indices) for key, value in inputs.items()}
-    if isinstance(inputs, (list, tuple)):
-        if _is_container(inputs):
-            return type(inputs)(select(value, indices) for value in inputs)
-        return [inputs[index] for index in indices]
-    return inputs
+
+    def selected(value: Any) -> Any:
+        if isinstance(value, Packed):
+            return value.select(indices)
+        return value[list(indices)] if isinstance(value, Tensor) else [value[index] for index in indices]
+
+    return map_samples(selected, inputs)
 
 
 def split(inputs: Inputs, chunk_size: int) -> Iterator[Inputs]:
@@ -95,14 +77,26 @@ def split_streams(
 
 
 def concatenate(parts: Sequence[Inputs]) -> Inputs:
-    """Join per-sample values, tensors along their first dimension and lists end to end; keep any other value."""
-    if isinstance(parts[0], Tensor) and parts[0].ndim:
-        return torch.cat(list(parts))
-    if isinstance(parts[0], Packed):
-        return Packed.join(parts)
-    if isinstance(parts[0], (list, tuple)):
-        return [value for part in parts for value in part]
-    return parts[0]
+    """Parts of one structure end to end, in sample order; whole-batch values are those of the first part.
+
+    Tensors are joined along their first dimension.
+    """
+
+    def joined(*values: Any) -> Any:
+        if isinstance(values[0], Packed):
+            return Packed.join(values)
+        return torch.cat(values) if isinstance(values[0], Tensor) else [v for value in values for v in value]
+
+    return map_samples(joined, *parts)
+
+
+def unpacked(inputs: Inputs) -> Inputs:
+    """Nested inputs with plain tensors for packed ones; a mapping loses those without rows, as from a processor."""
+    return map_samples(
+        lambda value: value.rows if isinstance(value, Packed) else value,
+        inputs,
+        drop=lambda value: isinstance(value, Packed) and not len(value.rows),
+    )
 
 
 def call(fn: Callable[..., Any], inputs: Inputs) -> Any:
@@ -116,7 +110,7 @@ def call(fn: Callable[..., Any], inputs: Inputs) -> Any:
         return fn(**inputs)
     if isinstance(inputs, tuple) and len(inputs) == 2 and isinstance(inputs[0], list):
         return fn(*inputs[0], **inputs[1])
-    if isinstance(inputs, (list, tuple)) and _is_container(inputs):
+    if is_sequence_of_inputs(inputs):
         return fn(*inputs)
     return fn(inputs)
 
@@ -129,13 +123,13 @@ def named(outputs: Any) -> dict[Any, Tensor]:
     """
     if isinstance(outputs, Tensor):
         return {None: outputs}
-    found = dict(enumerate(outputs)) if isinstance(outputs, (list, tuple)) else outputs
-    if not isinstance(found, Mapping) or not all(isinstance(output, Tensor) for output in found.values()):
+    by_name = dict(enumerate(outputs)) if isinstance(outputs, (list, tuple)) else outputs
+    if not isinstance(by_name, Mapping) or not all(isinstance(rep, Tensor) for rep in by_name.values()):
         raise ValueError(
             "expected an encoder that returns a tensor, or a tuple or mapping of tensors, got "
             f"{type(outputs).__name__}: have it return representations alone"
         )
-    return dict(found)
+    return dict(by_name)
 
 
 def unnamed(outputs: Mapping[Any, Tensor]) -> Any:
@@ -145,25 +139,3 @@ def unnamed(outputs: Mapping[Any, Tensor]) -> Any:
     if all(isinstance(name, int) for name in outputs):
         return tuple(outputs[position] for position in sorted(outputs))
     return outputs
-
-
-def _is_container(values: Sequence[Any]) -> bool:
-    # Not all of them: a slice of a list of captions would take as long as the whole batch has captions.
-    return any(isinstance(value, (Tensor, Mapping, Packed)) for value in values[:INPUTS])
-
-
-def _lengths(inputs: Inputs, path: str) -> Iterator[tuple[str, int]]:
-    if isinstance(inputs, Tensor):
-        if inputs.ndim:
-            yield path, len(inputs)
-    elif isinstance(inputs, Packed):
-        yield path, len(inputs.counts)
-    elif isinstance(inputs, Mapping):
-        for key, value in inputs.items():
-            yield from _lengths(value, f"{path}[{key!r}]")
-    elif isinstance(inputs, (list, tuple)):
-        if _is_container(inputs):
-            for index, value in enumerate(inputs):
-                yield from _lengths(value, f"{path}[{index}]")
-        elif inputs:
-            yield path, len(inputs)

@@ -1,15 +1,15 @@
-"""Packed inputs: values of which a sample has any number of rows, none too, laid end to end over the batch.
+"""Packed inputs: values of which a sample has any number of rows, or none, laid end to end over the batch.
 
-Processors of vision-language models pack what varies in size. Qwen2-VL's hand over, for B samples with I images,
+Processors of vision-language models pack what varies in size. For B samples with I images, that of Qwen2-VL makes
 
     input_ids         (B, L)    one row per sample
     image_grid_thw    (I, 3)    one row per image: patches in time, height and width
     pixel_values      (R, F)    one row per patch of any image, R = sum of t * h * w
 
 Shapes do not say which rows belong to which sample, so whoever makes the batch does: `pack` marks these values, and
-from then on `gc_accel.inputs.nested` cuts and joins them by sample. The encoder gets plain tensors, of its chunk alone;
-for a chunk without images none at all, as from a processor. (Where parameters are sharded, FSDP2 and ZeRO-3, every
-rank must run the same modules: there each sample needs an image.)
+from then on `nested` cuts and joins them by sample. The encoder gets plain tensors of its chunk, and for a chunk
+without images none at all, as from a processor. (Where parameters are sharded, FSDP2 and ZeRO-3, every rank must run
+the same modules: there each sample needs an image.)
 
 What other processors of transformers make:
 
@@ -88,21 +88,10 @@ def pack(
         if missing == names:
             return dict(batch)
         raise ValueError(f"expected {sorted(names)} together, got a batch without {sorted(missing)}")
-    found = dict(batch)
+    marked = dict(batch)
     for name, sizes in packed.items():
-        rows = [1] * len(batch[name]) if sizes is None else batch[sizes].flatten(1).prod(1).tolist()
-        per_sample = [1] * len(rows) if images is None else [int(count) for count in images]
-        if min(per_sample, default=0) < 0 or sum(per_sample) != len(rows) or sum(rows) != len(batch[name]):
-            raise ValueError(
-                f"expected images that add up to the {len(rows)} of {sizes or name!r} and to {sum(rows)} rows of "
-                f"{name!r}, got {_brief(per_sample)} and {len(batch[name])} rows: pass images, how many each sample has"
-            )
-        ends = [0, *accumulate(per_sample)]
-        counts = tuple(sum(rows[start:stop]) for start, stop in pairwise(ends))
-        found[name] = Packed(batch[name], counts)
-        if sizes is not None:
-            found[sizes] = Packed(batch[sizes], tuple(per_sample))
-    return found
+        marked |= _mark(batch, name, sizes, images)
+    return marked
 
 
 def images_per_sample(tokens: Tensor, sizes: Tensor) -> list[int]:
@@ -130,16 +119,21 @@ def images_per_sample(tokens: Tensor, sizes: Tensor) -> list[int]:
     return before.diff(prepend=before.new_zeros(1)).tolist()
 
 
-def unpacked(inputs: Any) -> Any:
-    """Nested inputs with plain tensors for packed ones; a mapping loses those without rows, as processors do."""
-    if isinstance(inputs, Packed):
-        return inputs.rows
-    if isinstance(inputs, Mapping):
-        present = {k: v for k, v in inputs.items() if not isinstance(v, Packed) or len(v.rows)}
-        return {key: unpacked(value) for key, value in present.items()}
-    if isinstance(inputs, (list, tuple)) and any(isinstance(v, (Packed, Mapping)) for v in inputs):
-        return type(inputs)(unpacked(value) for value in inputs)
-    return inputs
+def _mark(
+    batch: Mapping[str, Any], name: str, sizes: str | None, images: Sequence[int] | Tensor | None
+) -> dict[str, Packed]:
+    """A packed value of a batch, and its sizes; for the arguments see `pack`."""
+    rows = [1] * len(batch[name]) if sizes is None else batch[sizes].flatten(1).prod(1).tolist()
+    per_sample = [1] * len(rows) if images is None else [int(count) for count in images]
+    if min(per_sample, default=0) < 0 or sum(per_sample) != len(rows) or sum(rows) != len(batch[name]):
+        raise ValueError(
+            f"expected images that add up to the {len(rows)} of {sizes or name!r} and to {sum(rows)} rows of "
+            f"{name!r}, got {_brief(per_sample)} and {len(batch[name])} rows: pass images, how many each sample has"
+        )
+    ends = [0, *accumulate(per_sample)]
+    counts = tuple(sum(rows[start:stop]) for start, stop in pairwise(ends))
+    marked = {name: Packed(batch[name], counts)}
+    return marked if sizes is None else marked | {sizes: Packed(batch[sizes], tuple(per_sample))}
 
 
 def _brief(counts: Sequence[int]) -> str:

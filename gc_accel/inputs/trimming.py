@@ -1,8 +1,8 @@
 """Text without its padding: a whole batch sorted by length and cut into chunks, each as wide as its longest text.
 
-A batch that was padded as a whole has the width of its longest text in every row. Texts of about one length belong
-into one chunk, and no loss sees the order: sorting and trimming leave out work on padding, often half of a text
-tower's, and change no gradient (only dropout, whose masks are drawn per chunk):
+A batch that is padded as a whole has the width of its longest text in every row. Sorting puts texts of about one
+length into one chunk, and trimming cuts that chunk to its own width, which saves work on padding, often half of a text
+tower's. No loss sees the order, so no gradient changes (only dropout does, whose masks are drawn per chunk):
 
     padded as a whole     a a . . . . . .    sorted, trimmed    c
                           b b b b b b b b                       a a
@@ -10,8 +10,8 @@ tower's, and change no gradient (only dropout, whose masks are drawn per chunk):
                           d d d d d . . .                       d d d d d . . .
                                                                 b b b b b b b b
 
-Which columns are padding, the attention mask says, be they on the left or on the right. Two things in a model may
-notice that padding is gone, and `trimming_is_inert` finds out by encoding a text with and without:
+The attention mask says which columns are padding, on the left or on the right. Two things in a model may notice that
+padding is gone, and `trimming_is_inert` finds out by encoding a text with and without:
 
 - a tower that pools the last position or ignores the mask (SigLIP's);
 - absolute positions that count columns, padding on the left included. Such padding stays, unless `position_ids`
@@ -55,12 +55,12 @@ def trim_padding(chunk: Mapping[str, Any], *, shift: bool = False) -> dict[str, 
             trimmed each by its own mask. A text without any token keeps the padding of its chunk.
         shift: cut padding on the left also where no `position_ids` come along.
     """
-    found = {k: trim_padding(v, shift=shift) if isinstance(v, Mapping) else v for k, v in chunk.items()}
+    trimmed = {k: trim_padding(v, shift=shift) if isinstance(v, Mapping) else v for k, v in chunk.items()}
     if MASK not in chunk:
-        return found
+        return trimmed
     start, stop = _bounds(_spans(chunk, shift))
-    found |= {name: chunk[name][..., start:stop] for name in ALONG if name in chunk}
-    return found | {name: chunk[name][..., start:stop, :] for name in VECTORS if name in chunk}
+    trimmed |= {name: chunk[name][..., start:stop] for name in ALONG if name in chunk}
+    return trimmed | {name: chunk[name][..., start:stop, :] for name in VECTORS if name in chunk}
 
 
 def length_order(batch: Mapping[str, Any], *, shift: bool = False) -> list[int]:
@@ -105,8 +105,8 @@ def length_sorted_chunks(
         raise ValueError(
             f"expected chunks of at least 1 sample and token, got {chunk_size} and {chunk_tokens}"
         )
-    for own in _cut(batch, chunk_size, chunk_tokens, shift):
-        yield trim_padding(select(batch, own), shift=shift)
+    for samples in _cut(batch, chunk_size, chunk_tokens, shift):
+        yield trim_padding(select(batch, samples), shift=shift)
 
 
 @torch.no_grad()
@@ -132,7 +132,7 @@ def trimming_is_inert(encoder: nn.Module, batch: Mapping[str, Any], *, shift: bo
     device = next(model.parameters()).device
     with in_mode(model, training=False):
         with_padding, without = (
-            _representations(model, send_to_device(each, device)) for each in (padded, trimmed)
+            _representations(model, send_to_device(chunk, device)) for chunk in (padded, trimmed)
         )
     pairs = [(with_padding[name], without[name]) for name in with_padding]
     return all(bool((a - b).norm() <= TOLERANCE * a.norm()) for a, b in pairs)
@@ -140,31 +140,32 @@ def trimming_is_inert(encoder: nn.Module, batch: Mapping[str, Any], *, shift: bo
 
 def _representations(model: nn.Module, chunk: Inputs) -> dict[Any, Tensor]:
     parts, _ = split_streams(chunk, getattr(model, "streams", {None: ()}))
-    found = (named(call(model, part if name is None else {name: part})) for name, part in parts.items())
-    return {name: output for outputs in found for name, output in outputs.items()}
+    calls = (named(call(model, part if name is None else {name: part})) for name, part in parts.items())
+    return {name: output for outputs in calls for name, output in outputs.items()}
 
 
 def _cut(
     batch: Mapping[str, Any], chunk_size: int, chunk_tokens: int | None, shift: bool
 ) -> Iterator[list[int]]:
     """Samples in the order of their lengths, cut where a further one would not fit."""
-    spans = _all_spans(batch, shift)
-    texts = [each.shape[1] for each in spans]  # of a sample, by mask
+    all_spans = _all_spans(batch, shift)
+    texts = [spans.shape[1] for spans in all_spans]  # of a sample, by mask
     # As numbers, once: a look at a tensor for every sample would take most of the time.
-    found = [torch.stack([each[..., 0].amin(1), each[..., 1].amax(1)], 1).tolist() for each in spans]
-    own, bounds = list[int](), list[tuple[int, int]]()
-    for index in length_order(batch, shift=shift):
-        one = [(first, last) for first, last in (rows[index] for rows in found)]
-        grown = [(min(a, c), max(b, d)) for (a, b), (c, d) in zip(bounds, one, strict=True)] if own else one
-        width = sum(count * (last - first) for count, (first, last) in zip(texts, grown, strict=True))
-        too_long = chunk_tokens is not None and (len(own) + 1) * width > chunk_tokens
-        if own and (len(own) == chunk_size or too_long):
-            yield own
-            own, grown = [], one
-        own.append(index)
+    columns = [torch.stack([spans[..., 0].amin(1), spans[..., 1].amax(1)], 1).tolist() for spans in all_spans]
+    samples, bounds = list[int](), list[tuple[int, int]]()
+    for sample in length_order(batch, shift=shift):
+        alone = [(first, last) for first, last in (spans[sample] for spans in columns)]
+        together = zip(bounds or alone, alone, strict=True)
+        grown = [(min(a, c), max(b, d)) for (a, b), (c, d) in together]
+        tokens = sum(count * (last - first) for count, (first, last) in zip(texts, grown, strict=True))
+        too_long = chunk_tokens is not None and (len(samples) + 1) * tokens > chunk_tokens
+        if samples and (len(samples) == chunk_size or too_long):
+            yield samples
+            samples, grown = [], alone
+        samples.append(sample)
         bounds = grown
-    if own:
-        yield own
+    if samples:
+        yield samples
 
 
 def _all_spans(batch: Mapping[str, Any], shift: bool) -> list[Tensor]:
@@ -174,11 +175,11 @@ def _all_spans(batch: Mapping[str, Any], shift: bool) -> list[Tensor]:
         raise ValueError(
             f"expected an {MASK}, which tells padding from text, got {[*batch]}: have the tokenizer make one"
         )
-    return [_spans(each, shift).reshape(batch_size(batch), -1, 2) for each in texts]
+    return [_spans(text, shift).reshape(batch_size(batch), -1, 2) for text in texts]
 
 
 def _texts(inputs: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Mappings inside nested ones that have a mask."""
+    """A mapping and those inside it, as far as they have a mask."""
     if MASK in inputs:
         yield inputs
     for value in inputs.values():

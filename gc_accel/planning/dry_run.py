@@ -6,10 +6,12 @@ any chunk size, in about a second, without its memory and, made under `torch.dev
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
+from itertools import chain, cycle, islice
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -20,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gc_accel.inputs.nested import Inputs, batch_size, call, named, split_streams
 from gc_accel.inputs.packing import Packed
+from gc_accel.inputs.walk import flatten, map_samples
 from gc_accel.memory.meters import LiveBytes
 from gc_accel.state.modules import in_mode
 
@@ -76,7 +79,7 @@ class DryRun:
         self.streams: Mapping[Any, Any] = getattr(model, "streams", {None: ()})
         self.global_names = frozenset(getattr(model, "global_names", ()))
         self.parts, _ = split_streams(sample, self.streams)
-        self.sample_bytes = sum(each.nbytes for each in _leaves(sample)) // batch_size(sample)
+        self.sample_bytes = sum(each.nbytes for each in _input_tensors(sample)) // batch_size(sample)
         self.remembered: dict[Any, Any] = {}
 
     def forward(self, rows: Rows) -> int:
@@ -115,21 +118,19 @@ class DryRun:
         fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device)
         return fake.requires_grad_(tensor.requires_grad)
 
-    def _fake_inputs(self, inputs: Inputs, rows: int) -> Inputs:
+    def _fake_inputs(self, inputs: Inputs, count: int) -> Inputs:
         """The same structure with another number of samples."""
-        if isinstance(inputs, Tensor):
-            shape = (rows, *inputs.shape[1:]) if inputs.ndim else ()
-            return torch.empty(shape, dtype=inputs.dtype, device=self.device)
-        if isinstance(inputs, Packed):
-            counts = tuple(inputs.counts[index % len(inputs.counts)] for index in range(rows))
-            return Packed(self._fake_inputs(inputs.rows, sum(counts)), counts)
-        if isinstance(inputs, Mapping):
-            return {key: self._fake_inputs(value, rows) for key, value in inputs.items()}
-        if not isinstance(inputs, (list, tuple)):
-            return inputs
-        if any(isinstance(value, (Tensor, Mapping, Packed)) for value in inputs):
-            return type(inputs)(self._fake_inputs(value, rows) for value in inputs)
-        return [inputs[index % len(inputs)] for index in range(rows)]
+        resized = map_samples(partial(self._fake_samples, count=count), inputs)
+        return send_to_device(resized, self.device)  # the whole-batch tensors, which have no fake
+
+    def _fake_samples(self, value: Any, count: int) -> Any:
+        """A per-sample value for another number of samples."""
+        if isinstance(value, Tensor):
+            return torch.empty((count, *value.shape[1:]), dtype=value.dtype, device=self.device)
+        if isinstance(value, Packed):
+            counts = tuple(islice(cycle(value.counts), count))
+            return Packed(self._fake_samples(value.rows, sum(counts)), counts)
+        return list(islice(cycle(value), count))
 
     def _encode(self, encoder: nn.Module, inputs: Inputs) -> dict[Any, Tensor]:
         """Representations in float32, as the cache takes them."""
@@ -188,20 +189,12 @@ def _push(outputs: dict[Any, Tensor]) -> None:
 
 
 def _known(encoder: nn.Module, inputs: Inputs) -> Iterator[Tensor]:
-    return chain(encoder.parameters(), encoder.buffers(), _leaves(inputs))
+    return chain(encoder.parameters(), encoder.buffers(), _input_tensors(inputs))
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return chain(module.named_parameters(), module.named_buffers())
 
 
-def _leaves(inputs: Inputs) -> Iterator[Tensor]:
-    """All tensors of nested inputs."""
-    if isinstance(inputs, Tensor):
-        yield inputs
-    elif isinstance(inputs, Mapping):
-        for value in inputs.values():
-            yield from _leaves(value)
-    elif isinstance(inputs, (list, tuple)):
-        for value in inputs:
-            yield from _leaves(value)
+def _input_tensors(inputs: Inputs) -> Iterator[Tensor]:
+    return (value for value in flatten(inputs) if isinstance(value, Tensor))
