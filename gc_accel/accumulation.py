@@ -137,7 +137,9 @@ def _forward(passes: Passes, chunk: Chunk) -> Named:
 def _representations(waiting: Iterable[Waiting], streams: Streams) -> Named:
     """What the targets are made of, `(B, ...)` by name, without a graph."""
     parts = by_name(
-        each.encoded._replace(leaves={n: leaf.detach()[: each.size] for n, leaf in each.encoded.leaves.items()})
+        each.encoded._replace(
+            leaves={n: leaf.detach()[: each.size] for n, leaf in each.encoded.leaves.items()}
+        )
         for each in waiting
     )
     return {name: torch.cat(rows) for name, rows in parts.items() if name not in streams.global_names}

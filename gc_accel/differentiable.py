@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gc_accel.contracts import AccumulatedLoss
 from gc_accel.distributed import Replicas
-from gc_accel.distributed.reduction import OfDDP, output_of
+from gc_accel.distributed.reduction import OfDDP
 from gc_accel.engine.encoding import Encoded
 from gc_accel.memory.recovery import is_out_of_memory, no_way_back
 from gc_accel.passes import Passes
@@ -70,7 +70,10 @@ class SecondPass:
                     if self.passes.replicas.sharded:
                         self.passes.push(each)
                     else:
-                        found = [_sum(*pair) for pair in zip(found, self.passes.pull(each, self.weights), strict=True)]
+                        found = [
+                            _sum(*pair)
+                            for pair in zip(found, self.passes.pull(each, self.weights), strict=True)
+                        ]
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -125,7 +128,9 @@ def check_differentiable(loss_fn: Any, replicas: Replicas, pending: SecondPass |
     """
     if isinstance(loss_fn, AccumulatedLoss):
         name = type(loss_fn).__name__
-        raise ValueError(f"expected a loss over all pairs in cache(batch), got {name}: call forward_backward(batch)")
+        raise ValueError(
+            f"expected a loss over all pairs in cache(batch), got {name}: call forward_backward(batch)"
+        )
     if replicas.reduction.steps:
         raise ValueError(
             "expected an encoder that DeepSpeed has not prepared in cache(batch), as its engine calls backward by itself: "

@@ -98,10 +98,11 @@ class Passes:
             chunks = align(chunks, self.streams.names, self.replicas.device)
         limits = self.retention.limits(self.streams) if keep_graphs else dict.fromkeys(self.streams.names, 0)
         calls = keeping_graphs(chunks, limits)
-        number = -1
-        for number, each in enumerate(self.joined.join(calls, sizes)):
+        first = None
+        for each in self.joined.join(calls, sizes):
+            first = first or each
             yield each
-        if number < 0:
+        if first is None:
             raise ValueError("expected a batch of at least one sample, got none")
 
     def encode(self, call: Call) -> list[Encoded]:
@@ -143,7 +144,11 @@ class Passes:
             raise ValueError(
                 "expected a function whose weights belong to modules, got others: have a module hold them"
             )
-        return torch.autograd.grad(outputs, weights, grads, allow_unused=True) if outputs else [None] * len(weights)
+        return (
+            torch.autograd.grad(outputs, weights, grads, allow_unused=True)
+            if outputs
+            else [None] * len(weights)
+        )
 
     def weights(self) -> list[Tensor]:
         """Those of the encoder that train; of a function those of the modules that it has called in this step."""

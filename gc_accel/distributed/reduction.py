@@ -116,7 +116,9 @@ class OfFSDP(Reduction):
                 )
         start = torch.zeros((), requires_grad=True)
         end = start * 1
-        end.register_hook(lambda _: Variable._execution_engine.queue_callback(root._root_post_backward_final_callback))
+        end.register_hook(
+            lambda _: Variable._execution_engine.queue_callback(root._root_post_backward_final_callback)
+        )
         end.backward()
 
 
@@ -149,7 +151,9 @@ class OfDeepSpeed(Reduction):
         touched = [each for each, has in zip(trained, somewhere, strict=True) if has]
         if self.coalescing is not None:
             missing = [not a and b for a, b in zip(here, somewhere, strict=True)]
-            self._add_zeros([each for each, is_missing in zip(trained, any_rank(missing), strict=True) if is_missing])
+            self._add_zeros(
+                [each for each, is_missing in zip(trained, any_rank(missing), strict=True) if is_missing]
+            )
             self.coalescing.close()
             self.coalescing = None
         elif touched:

@@ -83,11 +83,11 @@ def encode_together(
     return [Encoded(_leaves(own), partial(replay, chunk)) for own, chunk in zip(rows, chunks, strict=True)]
 
 
-def by_name(calls: Iterable[Encoded]) -> dict[Any, list[Tensor]]:
+def by_name(encoded: Iterable[Encoded]) -> dict[Any, list[Tensor]]:
     """The leaves of several chunks, by name, in the order of the chunks."""
     found = defaultdict[Any, list[Tensor]](list)
-    for call in calls:
-        for name, leaf in call.leaves.items():
+    for each in encoded:
+        for name, leaf in each.leaves.items():
             found[name].append(leaf)
     return found
 

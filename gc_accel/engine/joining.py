@@ -53,7 +53,11 @@ class JoinedCalls:
     def __init__(
         self, encoder: Callable[..., Any], forward_chunk_size: int | None, device: torch.device
     ) -> None:
-        self.encoder, self.forward_chunk_size, self.on_host = encoder, forward_chunk_size, device.type == "cpu"
+        self.encoder, self.forward_chunk_size, self.on_host = (
+            encoder,
+            forward_chunk_size,
+            device.type == "cpu",
+        )
         self.apart = set[Any]()  # streams whose chunks draw random numbers
 
     def samples(self, chunk_size: int) -> int:

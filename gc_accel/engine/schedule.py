@@ -66,9 +66,7 @@ def cut(stream: Any, inputs: Inputs, samples: int, chunk_size: int) -> Iterator[
         yield Chunk(stream, inputs, start, min(start + chunk_size, samples))
 
 
-def in_chunks(
-    batches: Iterable[Inputs], streams: Streams, chunk_sizes: Mapping[Any, int]
-) -> Iterator[Chunk]:
+def in_chunks(batches: Iterable[Inputs], streams: Streams, chunk_sizes: Mapping[Any, int]) -> Iterator[Chunk]:
     """The chunks of all streams, batch by batch as these are read, and within one stream by stream."""
     for batch in batches:
         samples = batch_size(batch)
@@ -86,7 +84,9 @@ def keeping_graphs(chunks: Iterable[Chunk], limits: Mapping[Any, float]) -> Iter
     Args:
         limits: by stream, how many chunks may keep their graph.
     """
-    waiting = deque[list[Any]]()  # pairs of a chunk and whether it keeps its graph, None while that is not known
+    waiting = deque[
+        list[Any]
+    ]()  # pairs of a chunk and whether it keeps its graph, None while that is not known
     latest, kept = dict[Any, list[Any]](), Counter[Any]()
     for chunk in chunks:
         if chunk.stream in latest:

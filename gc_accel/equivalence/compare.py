@@ -36,7 +36,7 @@ def compare(steps: Steps, chunk_size: int | Mapping[str, int], tolerance: float 
     grouped = _over_ranks({"grouped": float(direct.drew or ghosts)}, replicas)["grouped"] > 0
     expected = steps.replayed() if grouped and refused is None else direct
     errors = _over_ranks(gradient_errors(got.gradients, expected.gradients), replicas)
-    drift = steps.cache.drift if refused is None else nan
+    drift = steps.cache.passes.drift if refused is None else nan
     rest = _over_ranks({"loss": loss_error(got.loss, expected.loss), "drift": drift}, replicas)
     report = EquivalenceReport(
         parameters=dict(sorted(errors.items(), key=lambda item: (-order(item[1]), item[0]))),

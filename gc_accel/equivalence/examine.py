@@ -8,11 +8,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gc_accel.equivalence import suspects
 from gc_accel.equivalence.errors import Gradients, loss_error
-from gc_accel.state.graph import REENTRANT, leaves_and_nodes
 from gc_accel.equivalence.steps import Step, Steps
 from gc_accel.equivalence.suspects import Suspect
 from gc_accel.gradient_cache import GradientCache
 from gc_accel.inputs.nested import slice_inputs
+from gc_accel.state.graph import REENTRANT, leaves_and_nodes
 from gc_accel.state.rng import RngState
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -57,7 +57,7 @@ def in_loss(steps: Steps, direct: Step, allowed: float) -> list[Suspect]:
     loss = steps.loss(outputs, direct.taught)
     drew = not start.is_current()
     with torch.no_grad():
-        steps.encode([{name: slice_inputs(part, 0, 2) for name, part in steps.parts.items()}])
+        steps.encode([slice_inputs(steps.inputs, 0, 2)])
     with start.replayed():
         again = steps.loss(outputs, direct.taught)
     found = [suspects.loss_draws()] if drew else []

@@ -15,55 +15,54 @@ import torch.distributed as dist
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from gc_accel.engine.encoding import Encoded, Named, Parts
+from gc_accel.contracts import AccumulatedLoss, streams_of
+from gc_accel.engine.encoding import Encoded, Named
+from gc_accel.engine.loss_of_batch import global_loss
+from gc_accel.engine.schedule import Chunk
 from gc_accel.equivalence.errors import Gradients, order, representation_error
-from gc_accel.state.graph import leaves_and_nodes
 from gc_accel.equivalence.state import State
 from gc_accel.gradient_cache import GradientCache
 from gc_accel.inputs.joining import join
-from gc_accel.inputs.nested import Inputs, batch_size, call, named, split, split_streams
-from gc_accel.losses import AccumulatedLoss
+from gc_accel.inputs.nested import Inputs, batch_size, call, named, split
+from gc_accel.passes import Passes
+from gc_accel.state.graph import leaves_and_nodes
+from gc_accel.state.snapshot import Snapshot
 
 
-class WatchedCache(GradientCache):
-    """A cache that notes the calls of its first pass, and how far its second pass is from it.
+class WatchedPasses(Passes):
+    """Passes that note what was encoded, and how far the second pass is from the first.
 
     Attributes:
-        calls: inputs by stream, in the order in which they were encoded, the joint call last.
-        by_samples: the places of these calls in that list, in the order of their samples.
+        encoded: what the encoder was called with, call by call, in the order of the samples of each stream.
         drift: largest difference between the two representations of a sample, relative.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.sizes.calls = dict(self.sizes.chunks)  # one call for each chunk, to be noted
-        self._forget()
+    def begin_step(self, snapshot: Snapshot) -> None:
+        super().begin_step(snapshot)
+        self.encoded, self.drift = list[Inputs](), 0.0
 
-    def _forget(self) -> None:
-        self.calls: list[Parts] = []
-        self.by_samples: Sequence[int] = ()
-        self.place: dict[Tensor, int] = {}  # of the call that a leaf comes from
-        self.drift = 0.0
-
-    def step(self, chunks: Iterable[Inputs], loss_kwargs: Mapping[str, Any]) -> Tensor:
-        self._forget()  # what an attempt that ran out of memory has noted
-        return super().step(chunks, loss_kwargs)
-
-    def _encode(self, parts: Parts, retain: bool) -> Encoded:
-        leaves, replay = super()._encode(parts, retain)
-        self.place.update(dict.fromkeys(leaves.values(), len(self.calls)))
-        self.calls.append(parts)
+    def encode_chunk(self, chunk: Chunk, keep_graph: bool) -> Encoded:
+        encoded = super().encode_chunk(chunk, keep_graph)
+        self.encoded.append(self.streams.arguments(chunk.stream, chunk.inputs))
 
         def watched() -> Named:
-            outputs = replay()
-            self.drift = max(self.drift, representation_error(outputs, leaves), key=order)
+            outputs = encoded.replay()
+            self.drift = max(self.drift, representation_error(outputs, encoded.leaves), key=order)
             return outputs
 
-        return Encoded(leaves, watched)
+        return encoded._replace(replay=watched)
 
-    def _cache_gradients(self, calls: list[Encoded], loss_kwargs: dict[str, Any]) -> Tensor:
-        self.by_samples = [self.place[next(iter(each.leaves.values()))] for each in calls]
-        return super()._cache_gradients(calls, loss_kwargs)
+
+class WatchedCache(GradientCache):
+    """A cache that is watched, with a call for each chunk."""
+
+    passes: WatchedPasses
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, forward_chunk_size=1, **options)
+        passes = self.passes
+        parts = passes.replicas, passes.batch_norms, passes.chunk_sizes, passes.joined, passes.retention
+        self.passes = WatchedPasses(passes.encoder, *parts, in_one_call=passes.in_one_call)
 
 
 @dataclass(frozen=True)
@@ -102,86 +101,77 @@ class Steps:
         self.chunks, self.loss_kwargs = chunks, loss_kwargs
         batch, self.padded = join(chunks)
         self.size = batch_size(batch)
-        self.parts, extras = split_streams(batch, cache.streams)
-        self.all_kwargs = {**loss_kwargs, **send_to_device(extras, cache.replicas.device)}
+        self.streams = streams_of(cache.model)
+        extras = send_to_device(self.streams.extras(batch), cache.replicas.device)
+        self.inputs, self.all_kwargs = self._whole(batch), {**loss_kwargs, **extras}
 
     def direct(self) -> Step:
         """The whole batch in one call."""
-        return self._reference([self.parts])
+        return self._reference([self.inputs])
 
     def in_chunks(self) -> Step:
         """The chunks in one graph, each with all its streams."""
         size = max(self.cache.chunk_sizes.values())
-        first, *others = [
-            split_streams(piece, self.cache.streams)[0]
-            for chunk in self.chunks
-            for piece in split(chunk, size)
-        ]
-        return self._reference([*others, first])
+        return self._reference([self._whole(piece) for chunk in self.chunks for piece in split(chunk, size)])
 
     def replayed(self) -> Step:
         """The calls of the cached step's first pass, from the same random numbers, in one graph."""
-        return self._reference(self.cache.calls, self.cache.by_samples)
+        return self._reference(self.cache.passes.encoded)
 
     def cached(self) -> Step:
         """The step that training takes, without what a scaler and accumulation put into its gradients."""
         self.state.rewind()
         loss = self.cache.forward_backward_chunks(self.chunks, **self.loss_kwargs)
-        factor, accelerator = 1.0, self.cache.replicas.accelerator
-        if accelerator is not None:
-            factor = 1 / accelerator.gradient_accumulation_steps
-            factor *= 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
         grads = {name: p.grad for name, p in self.parameters.items()}
-        return Step(loss, {name: None if grad is None else grad / factor for name, grad in grads.items()})
+        unscaled = self.cache.replicas.unscaled
+        return Step(loss, {name: None if grad is None else unscaled(grad) for name, grad in grads.items()})
 
-    def encode(
-        self,
-        calls: Iterable[Mapping[Any, Inputs]],
-        by_samples: Sequence[int] = (),
-        encoder: Callable[..., Any] | None = None,
-    ) -> Named:
+    def encode(self, calls: Iterable[Inputs], encoder: Callable[..., Any] | None = None) -> Named:
         """Representations of all calls, in float32 (float64 stays).
 
         Args:
-            calls: inputs by stream, in the order in which to encode them.
-            by_samples: the places of the calls in the order of their samples; without, the last one is the first.
+            calls: what the encoder is called with, in the order of the samples.
             encoder: by default that of the cache.
         """
-        encoded = [self._call(encoder or self.cache.model, parts) for parts in calls]
-        found: dict[Any, list[Tensor]] = {}
-        for place in by_samples or range(-1, len(encoded) - 1):
-            for name, output in encoded[place].items():
-                found.setdefault(name, []).append(output)
-        shared = self.cache.global_names
-        return {name: rows[0] if name in shared else torch.cat(rows) for name, rows in found.items()}
+        encoded: dict[Any, list[Tensor]] = {}
+        for inputs in calls:
+            for name, output in self._call(encoder or self.cache.model, inputs).items():
+                encoded.setdefault(name, []).append(output)
+        shared = self.streams.global_names
+        return {name: rows[0] if name in shared else torch.cat(rows) for name, rows in encoded.items()}
 
-    def teach(self, calls: Iterable[Mapping[Any, Inputs]]) -> Named | None:
+    def teach(self, calls: Iterable[Inputs]) -> Named | None:
         """What the momentum encoder makes of all calls, in the order of `encode`, if the loss has one."""
         loss_fn, accelerator = self.cache.loss_fn, self.cache.replicas.accelerator
         if not isinstance(loss_fn, AccumulatedLoss) or loss_fn.teacher is None:
             return None
         with nullcontext() if accelerator is None else accelerator.autocast():  # the encoder brings its own
-            return self.encode(calls, encoder=loss_fn.teacher)
+            return self.encode(calls, loss_fn.teacher)
 
     def loss(self, outputs: Named, taught: Named | None) -> Tensor:
         """The loss of the global batch, 0-d; its gradient is this rank's share."""
-        shared = {name: outputs[name] for name in self.cache.global_names}
+        shared = {name: outputs[name] for name in self.streams.global_names}
         reps = {name: output for name, output in outputs.items() if name not in shared}
         loss_fn: Any = self.cache.loss_fn
         with torch.autocast(self.cache.replicas.device.type, enabled=False):
             if taught is None:
-                loss = self.cache.replicas.global_loss(loss_fn, reps, shared, self.all_kwargs)
+                loss = global_loss(loss_fn, self.cache.replicas, reps, shared, self.all_kwargs)
             else:
                 loss = loss_fn.in_one_graph(reps, taught)
         if loss.numel() != 1 or not loss.requires_grad:
             raise ValueError(f"expected a scalar loss of the representations, got {loss}")
         return loss.reshape(())
 
-    def _reference(self, calls: Sequence[Mapping[Any, Inputs]], by_samples: Sequence[int] = ()) -> Step:
+    def _whole(self, batch: Inputs) -> Inputs:
+        """What the encoder is called with to encode all streams at once."""
+        parts = self.streams.split(batch)
+        return parts.get(None, parts)
+
+    def _reference(self, calls: Sequence[Inputs]) -> Step:
         self.state.rewind()
         if self.cache.batch_norms.policy == "frozen":
             self.cache.batch_norms.begin_step()
-        outputs = self.encode(calls, by_samples)
+        outputs = self.encode(calls)
         drew, changed = not self.state.rng.is_current(), self.state.changed()
         taught = self.teach(calls)
         loss = self.loss(outputs, taught)
@@ -193,9 +183,8 @@ class Steps:
         outputs = {name: output.detach() for name, output in outputs.items()}
         return Step(loss.detach(), gradients, outputs, taught, drew, changed, nodes)
 
-    def _call(self, encoder: Callable[..., Any], parts: Mapping[Any, Inputs]) -> Named:
-        inputs = send_to_device(parts.get(None, parts), self.cache.replicas.device)
-        outputs = named(call(encoder, inputs))
+    def _call(self, encoder: Callable[..., Any], inputs: Inputs) -> Named:
+        outputs = named(call(encoder, send_to_device(inputs, self.cache.replicas.device)))
         return {name: out if out.dtype == torch.float64 else out.float() for name, out in outputs.items()}
 
     def _add(self, leaves: Iterable[Tensor]) -> None:

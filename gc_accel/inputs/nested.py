@@ -3,7 +3,7 @@
 What is per sample in them, and what belongs to the whole batch and goes into every chunk, `walk` says.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,24 +56,6 @@ def split(inputs: Inputs, chunk_size: int) -> Iterator[Inputs]:
     size = batch_size(inputs)
     for start in range(0, size, chunk_size):
         yield slice_inputs(inputs, start, min(start + chunk_size, size))
-
-
-def split_streams(
-    chunk: Inputs, streams: Mapping[Any, Iterable[str]]
-) -> tuple[dict[Any, Inputs], dict[str, Any]]:
-    """The inputs of each stream, and what feeds none; `{None: ...}` is a single stream of any inputs.
-
-    Raises:
-        ValueError: if a stream has no input.
-    """
-    if None in streams:
-        return {None: chunk}, {}
-    parts = {name: {key: chunk[key] for key in keys if key in chunk} for name, keys in streams.items()}
-    for name, part in parts.items():
-        if not part:
-            raise ValueError(f"expected an input of {name!r} among {list(streams[name])}, got {list(chunk)}")
-    fed = {key for part in parts.values() for key in part}
-    return parts, {key: value for key, value in chunk.items() if key not in fed}
 
 
 def concatenate(parts: Sequence[Inputs]) -> Inputs:

@@ -30,7 +30,8 @@ import torch
 from accelerate.utils import extract_model_from_parallel, send_to_device
 from torch import Tensor, nn
 
-from gc_accel.inputs.nested import Inputs, batch_size, call, named, select, split_streams
+from gc_accel.contracts import streams_of
+from gc_accel.inputs.nested import Inputs, batch_size, call, named, select
 from gc_accel.state.modules import in_mode
 
 MASK, POSITIONS = "attention_mask", "position_ids"
@@ -139,9 +140,9 @@ def trimming_is_inert(encoder: nn.Module, batch: Mapping[str, Any], *, shift: bo
 
 
 def _representations(model: nn.Module, chunk: Inputs) -> dict[Any, Tensor]:
-    parts, _ = split_streams(chunk, getattr(model, "streams", {None: ()}))
-    calls = (named(call(model, part if name is None else {name: part})) for name, part in parts.items())
-    return {name: output for outputs in calls for name, output in outputs.items()}
+    streams = streams_of(model)
+    calls = (streams.arguments(name, part) for name, part in streams.split(chunk).items())
+    return {name: output for inputs in calls for name, output in named(call(model, inputs)).items()}
 
 
 def _cut(

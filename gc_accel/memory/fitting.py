@@ -21,9 +21,9 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 
+from gc_accel.contracts import streams_of
 from gc_accel.distributed import Replicas
 from gc_accel.distributed.collectives import lowest
-from gc_accel.contracts import streams_of
 from gc_accel.engine.encoding import encode
 from gc_accel.engine.joining import JoinedCalls
 from gc_accel.inputs.nested import Inputs, batch_size, select
@@ -166,6 +166,16 @@ def _noted(replicas: Replicas, sample: Inputs) -> Snapshot:
         encode(replicas.model, select(sample, [0]), device=replicas.device)
     snapshot.restore()
     return snapshot
+
+
+def _run(inputs: Inputs, replicas: Replicas, weights: Iterable[Tensor], graph: bool) -> None:
+    """One call beside the gradients of all weights, which are there in the second pass; with a graph backward too."""
+    for each in weights:
+        each.grad = torch.zeros_like(each) if each.requires_grad else None
+    encoded = encode(replicas.model, inputs, device=replicas.device, retain=graph)
+    outputs = [output for output in encoded.replay().values() if output.requires_grad] if graph else []
+    if outputs:
+        torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
 
 
 class _Peak:

@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-from gc_accel.inputs.nested import Inputs, batch_size, call, named, split_streams
+from gc_accel.contracts import streams_of
+from gc_accel.inputs.nested import Inputs, batch_size, call, named
 from gc_accel.inputs.packing import Packed
 from gc_accel.inputs.walk import flatten, map_samples
 from gc_accel.memory.meters import LiveBytes
@@ -76,9 +77,8 @@ class DryRun:
         self, model: nn.Module, sample: Inputs, device: torch.device, autocast: torch.dtype | None
     ) -> None:
         self.model, self.device, self.autocast = model, device, autocast
-        self.streams: Mapping[Any, Any] = getattr(model, "streams", {None: ()})
-        self.global_names = frozenset(getattr(model, "global_names", ()))
-        self.parts, _ = split_streams(sample, self.streams)
+        self.streams = streams_of(model)
+        self.parts = self.streams.split(sample)
         self.sample_bytes = sum(each.nbytes for each in _input_tensors(sample)) // batch_size(sample)
         self.remembered: dict[Any, Any] = {}
 
@@ -160,7 +160,7 @@ class DryRun:
         with FlopCounterMode(display=False) as counter:
             outputs = self._encode(encoder, inputs)
             forward = counter.get_total_flops()
-            shapes = {k: tuple(v.shape[1:]) for k, v in outputs.items() if k not in self.global_names}
+            shapes = {k: tuple(v.shape[1:]) for k, v in outputs.items() if k not in self.streams.global_names}
             _push(outputs)
         return Work(forward / 2, (counter.get_total_flops() - forward) / 2, shapes)
 

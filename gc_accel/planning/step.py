@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gc_accel.memory.fitting import chunks_per_call
+from gc_accel.engine.joining import CHUNKS
 from gc_accel.planning.dry_run import DryRun
 from gc_accel.planning.loss import loss_cost, ring_all_reduce
 
@@ -64,7 +64,7 @@ class Step:
         forward_chunk_size: int | None = None,
     ) -> None:
         self.encoder, self.batch_size, self.devices = encoder, batch_size, devices
-        self.on_host, self.chunks_per_call = on_host, chunks_per_call(encoder.model, on_host=on_host)
+        self.on_host, self.chunks_per_call = on_host, 1 if on_host else CHUNKS
         self.forward_chunk_size = forward_chunk_size
         frozen = getattr(encoder.model, "frozen_streams", ())
         self.trained = [name for name in encoder.streams if name not in frozen] or list(encoder.streams)

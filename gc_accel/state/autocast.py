@@ -19,9 +19,7 @@ class AutocastState:
     @classmethod
     def current(cls, device: torch.device) -> "AutocastState":
         """As it is now."""
-        return cls(
-            device.type, torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-        )
+        return cls(device.type, torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type))
 
     def restored(self) -> torch.autocast:
         """A block in which it is like that again."""

@@ -7,7 +7,7 @@ import torch
 
 from gc_accel.data import BatchPlan, ChunkedLoader, StreamLoader, StreamPlan
 from gc_accel.data.sources.rows import stream_of
-from gc_accel.memory.fitting import CALLS_OF
+from gc_accel.engine.joining import samples_of_a_call
 from gc_accel.training.arguments import CachedContrastiveArguments
 
 
@@ -56,8 +56,8 @@ def _samples_per_load(args: CachedContrastiveArguments, chunk_size: int) -> int:
     """What is loaded at once: as many whole chunks as may go into a call of the first pass."""
     if args.chunk_tokens is not None:
         return chunk_size
-    by_default = chunk_size if args.device.type == "cpu" else CALLS_OF * chunk_size
-    return max(1, (args.forward_chunk_size or by_default) // chunk_size) * chunk_size
+    on_host, checkpoints = args.device.type == "cpu", args.gradient_checkpointing
+    return samples_of_a_call(chunk_size, args.forward_chunk_size, on_host=on_host, checkpoints=checkpoints)
 
 
 def _in_characters(texts: Any, indices: list[Any]) -> list[int]:

@@ -108,7 +108,7 @@ class GradCache:
         chunked[-1] = chunked[-1][: len(chunked[-1]) - len(latest)]
         encoded = [self.forward_no_grad(*each) for each in zip(self.models, chunked, strict=True)]
         reps, model = [rep for rep, _ in encoded], self.models[-1]
-        with self.replicas[id(model)].reducing(False):
+        with self.replicas[id(model)].adding_up():
             retained = [self._encode(model, chunk, retain=True) for chunk in latest]
         reps[-1] = torch.cat([reps[-1], *(each.leaves[None].detach() for each in retained)])
         if not torch.is_grad_enabled():
@@ -123,7 +123,8 @@ class GradCache:
                 continue
             pieces, states = gradient.split(self.chunk_sizes[index]), encoded[index][1]
             is_last = not any(later is model for later in self.models[index + 1 :])  # tied: reduced once
-            with self.replicas[id(model)].reducing(is_last), self.batch_norms[index].second_pass():
+            adding_up = nullcontext() if is_last else self.replicas[id(model)].adding_up()
+            with adding_up, self.batch_norms[index].second_pass():
                 self.forward_backward(model, chunked[index], pieces, states, checks.is_wrapped(model))
         return loss
 
@@ -178,9 +179,9 @@ class GradCache:
         reps, states = list[Tensor](), list[RandContext]()
         for chunk in model_inputs:
             states.append(RandContext(*self.get_input_tensors(chunk), *weights))
-            with self.replicas[id(model)].reducing(False):
-                leaves, _ = self._encode(model, chunk)
-            reps.append(leaves[None].detach())
+            with self.replicas[id(model)].adding_up():
+                encoded = self._encode(model, chunk)
+            reps.append(encoded.leaves[None].detach())
         if not reps:
             raise ValueError("expected a batch of at least one sample, got no chunk")
         return torch.cat(reps), states
@@ -211,16 +212,17 @@ class GradCache:
             ValueError: for chunks and gradients that do not pair up.
         """
         checks.check_paired(model_inputs, cached_gradients, random_states)
-        replicas, last = self.replicas[id(model)], len(model_inputs) - 1
-        for number, chunk in enumerate(model_inputs):
-            with replicas.reducing(number == last or not no_sync_except_last):
-                with random_states[number]:
-                    _, replay = self._encode(model, chunk, retain=True)
-                rep, gradient = replay()[None], cached_gradients[number]
+        replicas = self.replicas[id(model)]
+        for chunk, gradient, state in zip(model_inputs, cached_gradients, random_states, strict=True):
+            with replicas.adding_up():
+                with state:
+                    encoded = self._encode(model, chunk, retain=True)
+                rep = encoded.replay()[None]
                 checks.check_rows(rep, gradient)
                 if not rep.requires_grad:
                     return  # nothing in this model trains, so no other chunk needs a second pass either
-                replicas.backward([rep], [gradient], sync=number == last)
+                replicas.backward([rep], [gradient])
+        replicas.reduce()
 
     def _retains(self, chunks: Sequence[Inputs]) -> bool:
         """Whether the last chunk of the last model keeps its graph: not if others see to chunks or cut them."""
@@ -237,8 +239,8 @@ class GradCache:
             return None
         if rep.requires_grad:
             replicas = self.replicas[id(self.models[-1])]
-            with replicas.reducing(False):
-                replicas.backward([rep], [gradient[-len(rep) :]], sync=False)
+            with replicas.adding_up():
+                replicas.backward([rep], [gradient[-len(rep) :]])
         return gradient[: -len(rep)]
 
     def _encode(self, model: Model, chunk: Inputs, retain: bool = False) -> Encoded:
