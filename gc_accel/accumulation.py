@@ -7,9 +7,9 @@
                                             chunks that kept their graph
 
 (Regimes and derivation: `contracts.py`.) All chunks are read, and run through the first pass as they come, before the
-first one is trained on, because each term weighs 1/N and only then is N known. Between the passes `loss.targets` sees the
-whole batch, and ranks meet, however many chunks each has. The second pass is a forward and a backward pass of each chunk,
-with the memory of one and of the graphs that were kept. A chunk runs through all streams of the encoder at once.
+first one is trained on, because each term weighs 1/N and only then is N known. Between the passes `loss.targets` sees
+the whole batch, and ranks meet, however many chunks each has. The second pass is a forward and a backward pass of each
+chunk, with the memory of one and of the graphs that were kept. A chunk runs through all streams of the encoder at once.
 """
 
 from collections.abc import Iterable, Mapping
@@ -122,7 +122,7 @@ def _encode(loss: AccumulatedLoss, passes: Passes, call: Call) -> list[Encoded]:
 
 def _by_teacher(loss: AccumulatedLoss, passes: Passes, call: Call) -> list[Encoded]:
     device, streams = passes.replicas.device, passes.streams
-    if encoded := passes.joined.encode(loss.teacher, call, streams, device):
+    if len(call.chunks) > 1 and (encoded := passes.joined.encode(loss.teacher, call, streams, device)):
         return encoded
     inputs = [streams.arguments(chunk.stream, chunk.inputs) for chunk in call.chunks]
     return [encode(loss.teacher, each, device=device) for each in inputs]
@@ -130,8 +130,7 @@ def _by_teacher(loss: AccumulatedLoss, passes: Passes, call: Call) -> list[Encod
 
 def _forward(passes: Passes, chunk: Chunk) -> Named:
     """The only forward pass of a chunk, with a graph."""
-    with passes.calling(Call([chunk])):
-        return passes.encode_chunk(chunk, True).replay()
+    return passes.encode_chunk(chunk, True).replay()
 
 
 def _representations(waiting: Iterable[Waiting], streams: Streams) -> Named:
@@ -156,6 +155,6 @@ def _push(loss: AccumulatedLoss, passes: Passes, chunk: Waiting, targets: Any, t
         if terms.shape != (chunk.size,) or not terms.requires_grad:
             raise ValueError(f"expected a term with a gradient for each of {chunk.size} samples, got {terms}")
         share = replicas.scaled(terms.sum() / total)
-        passes.note_weights([share])
+        passes.modules.note_gradients([share])
         replicas.backward([share], [torch.ones_like(share)])
     return terms.detach()

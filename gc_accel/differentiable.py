@@ -3,10 +3,10 @@
     loss = cache(batch)    first pass  ->  representations  ->  loss
     loss.backward()        their gradient  ->  second pass  ->  the gradient of the weights
 
-To autograd the representations are one function of the weights. So the gradient of each weight arrives once per backward
-pass, and whoever listens to weights (DDP around the encoder, or around a trainer's module that holds it) reduces it like
-that of any other step. FSDP2 keeps the weights of a forward pass to itself: there the second pass leaves its gradients
-with the backend, and is reduced as in `GradientCache.step`.
+To autograd the representations are one function of the weights. So the gradient of each weight arrives once per
+backward pass, and whoever listens to weights (DDP around the encoder, or around a trainer's module that holds it) reduces
+it like that of any other step. FSDP2 keeps the weights of a forward pass to itself: there the second pass leaves its
+gradients with the backend, and they are reduced as in `GradientCache.step`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +37,7 @@ class SecondPass:
 
     def __init__(self, passes: Passes, encoded: Sequence[Encoded], end_step: Callable[[], None]) -> None:
         self.passes, self.encoded, self.end_step = passes, encoded, end_step
-        self.weights = [] if passes.replicas.sharded else passes.weights()
+        self.weights = [] if passes.replicas.sharded else passes.modules.weights()
         self.modes = Modes(passes.replicas.model)
         self.leaves = [leaf for each in encoded for leaf in each.leaves.values()]
         self.is_done = False

@@ -32,7 +32,7 @@ from gc_accel.contracts import AccumulatedLoss
 from gc_accel.differentiable import SecondPass, check_differentiable, times, within_ddp
 from gc_accel.distributed import Replicas
 from gc_accel.engine.batch_norm import BatchNorms, Policy
-from gc_accel.engine.encoding import Encoded, by_name
+from gc_accel.engine.encoding import Encoded
 from gc_accel.engine.joining import JoinedCalls
 from gc_accel.engine.loss_of_batch import LossOfBatch
 from gc_accel.inputs.nested import Inputs
@@ -115,7 +115,8 @@ class GradientCache:
         """The loss of the global batch, 0-d, whose `backward()` makes the second pass and reduces over ranks.
 
         It is a loss like any other: what multiplies it (a gradient scaler, one over the accumulated batches, a weight)
-        goes into the gradient, so any trainer that calls `backward` can hold it. Without grad mode it is the loss alone.
+        goes into the gradient, so any trainer that calls `backward` can hold it. Without grad mode it is the loss
+        alone.
         `forward_backward` takes less memory, and is made again where memory runs out in its second pass.
 
         Raises:
@@ -130,7 +131,7 @@ class GradientCache:
         # 1. First pass: the representations of every chunk, as leaves.
         calls = [encoded for call in self.passes.calls(chunks) for encoded in self.passes.encode(call)]
         # 2. The loss of the whole batch leaves its gradient in the leaves.
-        loss = self.cache_gradients(calls, self.passes.with_extras(chunks, loss_kwargs))
+        loss = self.cache_gradients(calls, chunks, loss_kwargs)
         # 3. Second pass: every chunk again, and its cached gradient into the weights; graphs that were kept go first.
         for call in sorted(calls, key=lambda call: not call.keeps_graph):
             self.passes.push(call)
@@ -138,37 +139,34 @@ class GradientCache:
         self.end_step(calls)
         return loss
 
-    def cache_gradients(self, calls: list[Encoded], loss_kwargs: Mapping[str, Any]) -> Tensor:
+    def cache_gradients(
+        self, calls: list[Encoded], chunks: Iterable[Inputs], loss_kwargs: Mapping[str, Any]
+    ) -> Tensor:
         """Leave the gradient of the loss in the leaves of all calls; return the loss, 0-d, detached."""
         with self.replicas.agreement.before_each_collective():
-            loss = self.loss.of(calls, self.passes.streams, loss_kwargs, self.passes.snapshot)
+            loss = self.loss.of(calls, chunks, loss_kwargs)
             self.replicas.scaled(loss).backward()
-        leaves = {name: leaves[0] for name, leaves in by_name(calls).items()}
-        unseen = [name for name, leaf in leaves.items() if leaf.requires_grad and leaf.grad is None]
-        if ignored := [name for name in unseen if name not in self.passes.streams.global_names]:
-            raise ValueError(f"expected a loss of every representation, got one that ignores {ignored}")
+        self.loss.check_all_seen(calls)
         return loss.detach()
 
     def end_step(self, calls: list[Encoded]) -> None:
         """Decide how many graphs are kept from now on, and let a loss move its state."""
         self.retention.decide(self.passes.counts, self.passes.sizes)
-        self.loss.update(calls, self.passes.streams)
+        self.loss.update(calls)
 
     def differentiable(self, chunks: Iterable[Inputs], loss_kwargs: Mapping[str, Any]) -> Tensor:
         """The first pass and the loss; the second pass is the backward pass of what is returned."""
         check_differentiable(self.loss_fn, self.replicas, self.pending)
         calls = [encoded for call in self.passes.calls(chunks) for encoded in self.passes.encode(call)]
         self.pending = SecondPass(self.passes, calls, partial(self.end_step, calls))
-        loss_kwargs = self.passes.with_extras(chunks, loss_kwargs)
-        loss = self.loss.of(self.pending.calls(), self.passes.streams, loss_kwargs, self.passes.snapshot)
+        loss = self.loss.of(self.pending.calls(), chunks, loss_kwargs)
         return times(loss, self.replicas.world_size)
 
     def evaluate(self, chunks: Iterable[Inputs], loss_kwargs: Mapping[str, Any]) -> Tensor:
         """The loss alone."""
         schedule = self.passes.calls(chunks, keep_graphs=False)
         calls = [encoded for call in schedule for encoded in self.passes.encode(call)]
-        loss_kwargs = self.passes.with_extras(chunks, loss_kwargs)
-        return self.loss.of(calls, self.passes.streams, loss_kwargs, self.passes.snapshot).detach()
+        return self.loss.of(calls, chunks, loss_kwargs).detach()
 
     def _with_retries(
         self,
@@ -183,8 +181,8 @@ class GradientCache:
 
         def attempt(chunks: Iterable[Inputs]) -> Tensor:
             self.replicas.is_reducing = False
-            self.loss.note(snapshot)
             self.passes.begin_step(snapshot)
+            self.loss.begin_step(snapshot, self.passes.streams)
             return step(chunks, loss_kwargs)
 
         return retry(attempt, reread, partial(self._undo, snapshot), self._shrink)

@@ -3,35 +3,31 @@
     calls     what is encoded, in which order, and which graphs are kept       (the schedule)
     encode    the first pass of one call                                       representations, as leaves
     push      the second pass of one chunk: encode it again, with a graph, and push its cached gradient through
+    pull      the same, for who wants the gradients of the weights instead of having them added up
 
 Both passes add gradients up on this rank; `Replicas.reduce` follows once per step.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
-from torch import Tensor, nn
+from torch import Tensor
 
 from gc_accel.contracts import streams_of
 from gc_accel.distributed import Replicas
-from gc_accel.distributed.replicas import refuse_hidden_ddp
 from gc_accel.engine.alignment import align, without_rows
 from gc_accel.engine.batch_norm import BatchNorms
 from gc_accel.engine.checks import check_rows
+from gc_accel.engine.encoder_modules import EncoderModules
 from gc_accel.engine.encoding import Encoded, encode
 from gc_accel.engine.joining import JoinedCalls
 from gc_accel.engine.schedule import Call, Chunk, in_chunks, keeping_graphs
-from gc_accel.inputs.nested import Inputs, call, concatenate
+from gc_accel.inputs.nested import Inputs
 from gc_accel.memory.chunk_sizes import ChunkSizes
 from gc_accel.memory.retention import Retention
-from gc_accel.state.graph import leaves_and_nodes
-from gc_accel.state.modules import first_called, meeting
-from gc_accel.state.rng import CPU
 from gc_accel.state.snapshot import Snapshot
 
 
@@ -58,8 +54,7 @@ class Passes:
         self.encoder, self.replicas, self.batch_norms = encoder, replicas, batch_norms
         self.chunk_sizes, self.joined, self.retention = chunk_sizes, joined, retention
         self.in_one_call, self.streams = in_one_call, streams_of(replicas.model)
-        self.is_function = not isinstance(replicas.model, nn.Module)
-        self.knows_device = not self.is_function or replicas.device == CPU or replicas.accelerator is not None
+        self.modules = EncoderModules(replicas, batch_norms)
 
     @property
     def sizes(self) -> dict[Any, int]:
@@ -73,14 +68,11 @@ class Passes:
         Raises:
             ValueError: see `BatchNorms`.
         """
-        self.snapshot = snapshot
         self.counts = Counter[Any]()  # chunks, by stream that trains
         self.streams = streams_of(self.replicas.model)  # what is frozen may have changed
         if self.in_one_call:
             self.streams = self.streams.as_one()
-        if not self.is_function and not self.replicas.sharded:
-            snapshot.note(self.replicas.model)
-        self.batch_norms.begin_step()
+        self.modules.begin_step(snapshot)
 
     def calls(self, batches: Iterable[Inputs], *, keep_graphs: bool = True) -> Iterator[Call]:
         """The calls of the first pass, in their order, as batches are read.
@@ -107,10 +99,12 @@ class Passes:
 
     def encode(self, call: Call) -> list[Encoded]:
         """First pass of a call: of each of its chunks the representations, as leaves, and how to encode it again."""
-        streams = self.streams
-        with self.calling(call):
-            encoded = self.joined.encode(self.encoder, call, streams, self.replicas.device)
-            encoded = encoded or [self.encode_chunk(chunk, call.keeps_graph) for chunk in call.chunks]
+        streams, device = self.streams, self.replicas.device
+        encoded = None
+        if len(call.chunks) > 1:
+            with self.replicas.adding_up(), self._met(call.chunks[0]):
+                encoded = self.joined.encode(self.encoder, call, streams, device)
+        encoded = encoded or [self.encode_chunk(chunk, call.keeps_graph) for chunk in call.chunks]
         pairs = zip(encoded, call.chunks, strict=True)
         encoded = [each if chunk.counts else without_rows(each) for each, chunk in pairs]
         if call.stream not in streams.frozen:
@@ -123,13 +117,15 @@ class Passes:
         """First pass of one chunk."""
         fn = self.retention.metered(chunk.stream, chunk.size, self.encoder)
         inputs = self.streams.arguments(chunk.stream, chunk.inputs)
-        encoded = encode(fn, inputs, device=self.replicas.device, retain=keep_graph)
+        with self.replicas.adding_up(), self._met(chunk):
+            encoded = encode(fn, inputs, device=self.replicas.device, retain=keep_graph)
         check_rows(encoded.leaves, chunk.size, self.streams.global_names)
         return encoded
 
     def push(self, encoded: Encoded) -> None:
         """Second pass of a chunk: its cached gradients, through its graph, into the weights."""
         outputs, grads = self._again(encoded)
+        self.modules.note_gradients(outputs)
         with self.replicas.adding_up():
             self.replicas.backward(outputs, grads)
 
@@ -140,28 +136,10 @@ class Passes:
             ValueError: a function has weights that are not among these.
         """
         outputs, grads = self._again(encoded)
-        if self.is_function and not set(_leaves(outputs)) <= set(weights):
-            raise ValueError(
-                "expected a function whose weights belong to modules, got others: have a module hold them"
-            )
-        return (
-            torch.autograd.grad(outputs, weights, grads, allow_unused=True)
-            if outputs
-            else [None] * len(weights)
-        )
-
-    def weights(self) -> list[Tensor]:
-        """Those of the encoder that train; of a function those of the modules that it has called in this step."""
-        weights = self.snapshot.grads if self.is_function else self.replicas.parameters
-        return [each for each in weights if each.requires_grad]
-
-    def with_extras(self, batches: Iterable[Inputs], loss_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Keyword arguments of the loss, with the inputs that feed no stream."""
-        extras = [self.streams.extras(batch) for batch in batches]
-        joined = {key: concatenate([each[key] for each in extras]) for key in extras[0]}
-        if twice := loss_kwargs.keys() & joined:
-            raise ValueError(f"expected {sorted(twice)} in the chunks or by keyword, got both")
-        return {**loss_kwargs, **send_to_device(joined, self.replicas.device)}
+        self.modules.check_known(outputs, weights)
+        if not outputs:
+            return [None] * len(weights)
+        return torch.autograd.grad(outputs, weights, grads, allow_unused=True)
 
     def _again(self, encoded: Encoded) -> tuple[list[Tensor], list[Tensor]]:
         """Outputs of a chunk with a graph, and the gradients that are cached for them."""
@@ -169,34 +147,9 @@ class Passes:
         if not cached:
             return [], []
         with self.replicas.adding_up(), self.batch_norms.second_pass():
-            replayed = encoded.replay()
-        outputs = {name: replayed[name] for name in cached if replayed[name].requires_grad}
-        self.note_weights(outputs.values())
-        return list(outputs.values()), [cached[name] for name in outputs]
+            outputs = encoded.replay()
+        trained = [name for name in cached if outputs[name].requires_grad]
+        return [outputs[name] for name in trained], [cached[name] for name in trained]
 
-    def note_weights(self, outputs: Iterable[Tensor]) -> None:
-        """Of a function, note the gradients that a backward pass of its outputs will change."""
-        if self.is_function:
-            self.snapshot.note_gradients(_leaves(outputs))
-
-    @contextmanager
-    def calling(self, first: Call) -> Iterator[None]:
-        """A block that adds gradients up, and in which the modules behind a function are met before they compute."""
-        if not self.knows_device:
-            inputs = self.streams.arguments(first.stream, first.inputs)
-            if module := first_called(partial(call, self.encoder, inputs)):
-                self.replicas.device = next(module.parameters()).device
-            self.knows_device = True
-        with self.replicas.adding_up(), meeting(self._meet) if self.is_function else nullcontext():
-            yield
-
-    def _meet(self, module: nn.Module) -> None:
-        if module not in self.snapshot.modules:
-            refuse_hidden_ddp(module)
-            self.batch_norms.meet(module)
-            self.snapshot.note(module)
-
-
-def _leaves(outputs: Iterable[Tensor]) -> list[Tensor]:
-    """What outputs depend on."""
-    return [leaf for output in outputs for leaf in leaves_and_nodes(output)[0]]
+    def _met(self, chunk: Chunk) -> AbstractContextManager[None]:
+        return self.modules.met(self.encoder, lambda: self.streams.arguments(chunk.stream, chunk.inputs))

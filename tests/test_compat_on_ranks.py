@@ -10,10 +10,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gc_accel import losses as streaming
 from gc_accel.compat import grad_cache_con_learning as con_learning
+from gc_accel.compat.functional import cached, cat_input_tensor, gather_input_tensor
 from gc_accel.compat.grad_cache import GradCache
 from gc_accel.compat.grad_cache.loss import DistributedContrastiveLoss, SimpleContrastiveLoss
 from gc_accel.compat.grad_cache_con_learning.losses import SupConLoss
-from gc_accel.compat.functional import cached, cat_input_tensor, gather_input_tensor
 from gc_accel.losses import dense
 from tests.comparing import assert_equal
 from tests.compat_programs import (

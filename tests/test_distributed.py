@@ -5,13 +5,13 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
+from gc_accel.distributed.alignment import align
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from gc_accel import GradientCache
 from gc_accel.distributed import RankedBatch
-from gc_accel.distributed.alignment import align
 from gc_accel.engine.schedule import Turn
 from gc_accel.losses import CLIPLoss, SigLIPLoss, dense
 from tests.comparing import assert_equal, gradients

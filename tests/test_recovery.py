@@ -15,13 +15,13 @@ from tests.models import dual_encoder, image_text_batch
 from tests.ranks import run_on_ranks
 
 SIZE, CHUNK = 13, 4
-PLACES = ("first pass", "joint call", "loss", "backward of the loss", "second pass", "synced call")
+PLACES = ("first pass", "loss", "backward of the loss", "second pass")
 
 
 class Failure:
     """Raises torch.OutOfMemoryError once, or each time while chunks are larger than what fits.
 
-    Places are told apart by whether a graph is made, whether all streams go through, and by the loss.
+    Places are told apart by whether a graph is made, and by the loss.
     """
 
     def __init__(self, place: str, encoder: nn.Module, *, above: float = 0, call: int = 2) -> None:
@@ -29,19 +29,12 @@ class Failure:
         encoder.register_forward_pre_hook(self._before_call, with_kwargs=True)
 
     def _before_call(self, _, args, kwargs):
-        streams = list(kwargs.values())
-        samples = len(next(iter(streams[0].values())))
-        place = {
-            (False, 1): "first pass",
-            (False, 2): "joint call",
-            (True, 1): "second pass",
-            (True, 2): "synced call",
-        }[torch.is_grad_enabled(), len(streams)]
+        ((inputs,),) = (kwargs.values(),)
+        samples = len(next(iter(inputs.values())))
+        place = "second pass" if torch.is_grad_enabled() else "first pass"
         self.calls += place == self.place
-        if place == self.place and self.calls > 1 - (
-            len(streams) == 2
-        ):  # in the middle, with some of it done
-            self._fail(samples * len(streams))
+        if place == self.place and self.calls > 1:  # in the middle, with some of it done
+            self._fail(samples)
 
     def loss(self, image, text, **shared):
         if self.place == "loss":
@@ -223,11 +216,11 @@ RANK_CASES = [  # where it fails, on which ranks, in which call there
     ("first pass", (0,), 1),
     ("first pass", (0,), 2),
     ("first pass", (0, 1), 2),
-    ("joint call", (1,), 1),
     ("loss", (0,), 1),
     ("loss", (0, 1), 1),
     ("backward of the loss", (1,), 1),
     ("second pass", (1,), 2),
+    ("second pass", (0, 1), 2),
 ]
 
 
@@ -262,7 +255,7 @@ def all_graphs_on_ranks(rank):
 
 
 def test_ranks_that_keep_all_graphs_give_up_a_step_together(tmp_path):
-    """The call in which they reduce comes after the loss: a reducer that waits for a backward pass is no way back."""
+    """Until they reduce, no reducer waits for a backward pass."""
     for rank, (expected, found) in enumerate(run_on_ranks(all_graphs_on_ranks, 2, tmp_path)):
         for grads, _, raised, chunk in found:
             assert raised == (rank == 0)
@@ -301,17 +294,22 @@ def test_ranks_give_up_a_step_together(case, dropout, two_ranks):
     assert_equal(two_ranks[0][(dropout, *case)][0], two_ranks[1][(dropout, *case)][0])
 
 
-def in_the_synced_call(rank):
+def in_the_reduction(rank):
     encoder = dual_encoder("clip")
-    failure = Failure("synced call", encoder)
     model = DistributedDataParallel(encoder, find_unused_parameters=True)
+    cache = GradientCache(model, CLIPLoss(), CHUNK)
+
+    def fail(any_rank):
+        raise torch.OutOfMemoryError("injected")
+
+    cache.replicas.reduction.reduce = fail
     with pytest.raises(RuntimeError, match="set a smaller chunk_size"):
-        GradientCache(model, failure.loss, CHUNK).forward_backward(image_text_batch(SIZE))
-    return failure.raised
+        cache.forward_backward(image_text_batch(SIZE, seed=rank))
+    return cache.chunk_sizes["image"]
 
 
-def test_there_is_no_way_back_from_the_call_that_reduces(tmp_path):
-    assert run_on_ranks(in_the_synced_call, 2, tmp_path) == [1, 1]
+def test_there_is_no_way_back_from_the_reduction(tmp_path):
+    assert run_on_ranks(in_the_reduction, 2, tmp_path) == [CHUNK, CHUNK]
 
 
 class Counting(StatefulLoss):
@@ -331,7 +329,7 @@ class Counting(StatefulLoss):
             raise torch.OutOfMemoryError("update")
 
 
-def after_the_synced_call(rank):
+def after_the_reduction(rank):
     encoder = dual_encoder("clip")
     loss = Counting(rank)
     cache = GradientCache(DistributedDataParallel(encoder, find_unused_parameters=True), loss, CHUNK)
@@ -344,7 +342,7 @@ def after_the_synced_call(rank):
 
 def test_a_state_that_has_moved_is_not_moved_again(tmp_path):
     """The other ranks are done with the step by then."""
-    (done, moved), (error, moved_too) = run_on_ranks(after_the_synced_call, 2, tmp_path)
+    (done, moved), (error, moved_too) = run_on_ranks(after_the_reduction, 2, tmp_path)
     assert not done
     assert "ranks depend on each other's calls" in error
     assert moved == moved_too == 1

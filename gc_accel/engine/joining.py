@@ -94,9 +94,7 @@ class JoinedCalls:
     def encode(
         self, fn: Callable[..., Any], call: Call, streams: Streams, device: torch.device
     ) -> list[Encoded] | None:
-        """First pass of a call of several chunks; None for one chunk, and where each has to draw its own numbers."""
-        if len(call.chunks) == 1 or call.stream in self.apart:
-            return None
+        """First pass of a call of several chunks; None where each has to draw its own random numbers."""
         whole = streams.arguments(call.stream, call.inputs)
         chunks = [streams.arguments(call.stream, chunk.inputs) for chunk in call.chunks]
         encoded = encode_together(fn, whole, chunks, device=device, shared=streams.global_names)

@@ -1,19 +1,20 @@
 """The loss of the whole batch: how a loss is called on the representations of all chunks and all ranks."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from gc_accel.contracts import StatefulLoss, Streams
 from gc_accel.distributed import GlobalLoss, RankedBatch, Replicas
 from gc_accel.engine.checks import check_finite
 from gc_accel.engine.encoding import Encoded, Named, by_name
-from gc_accel.inputs.nested import call, unnamed
-from gc_accel.state.graph import leaves_and_nodes
+from gc_accel.inputs.nested import Inputs, call, concatenate, unnamed
+from gc_accel.state.graph import leaves_of
 from gc_accel.state.modules import meeting
 from gc_accel.state.snapshot import Snapshot
 
@@ -29,40 +30,78 @@ class LossOfBatch:
     def __init__(self, loss_fn: Callable[..., Tensor], replicas: Replicas) -> None:
         self.loss_fn, self.replicas = loss_fn, replicas
 
-    def of(
-        self, calls: Sequence[Encoded], streams: Streams, loss_kwargs: Mapping[str, Any], snapshot: Snapshot
-    ) -> Tensor:
-        """The loss of the global batch, 0-d, with a graph that ends in the leaves.
+    def begin_step(self, snapshot: Snapshot, streams: Streams) -> None:
+        """Note what the loss will change in a step.
 
-        Raises:
-            ValueError: for a loss that is no number, NaN, or not of the representations.
+        Args:
+            snapshot: of the step.
+            streams: of the encoder.
         """
-        shared = {n: leaf for n, leaf in _first_trained(calls, streams).items() if n in streams.global_names}
-        leaves = {n: leaves for n, leaves in by_name(calls).items() if n not in streams.global_names}
-        # The modules behind a function are met when it calls them.
-        met = nullcontext() if isinstance(self.loss_fn, nn.Module) else meeting(snapshot.note)
-        self.replicas.agreement.check()
-        with met, torch.enable_grad(), torch.autocast(self.replicas.device.type, enabled=False):
-            reps = {name: torch.cat(parts) for name, parts in leaves.items()}
-            loss = global_loss(self.loss_fn, self.replicas, reps, shared, loss_kwargs)
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            raise ValueError(f"expected a scalar loss of the representations, got {loss}")
-        check_finite(loss, reps)
-        snapshot.note_gradients(leaves_and_nodes(loss)[0])
-        return loss.reshape(())
-
-    def note(self, snapshot: Snapshot) -> None:
-        """Note what the loss will change in a step."""
+        self.snapshot, self.streams = snapshot, streams
         if isinstance(self.loss_fn, nn.Module):
             # A stateful loss moves its own at the end of a step, and a queue of 65,536 rows is not worth a copy.
             snapshot.note(self.loss_fn, buffers=not isinstance(self.loss_fn, StatefulLoss))
 
+    def of(
+        self, encoded: Sequence[Encoded], batches: Iterable[Inputs], loss_kwargs: Mapping[str, Any]
+    ) -> Tensor:
+        """The loss of the global batch, 0-d, with a graph that ends in the leaves.
+
+        Args:
+            encoded: all chunks of this rank, in the order of the samples.
+            batches: what they were cut from; inputs that feed no stream go to the loss.
+            loss_kwargs: further keyword arguments of the loss.
+
+        Raises:
+            ValueError: for an argument that is given twice, a loss that is no number, NaN, or not of the representations.
+        """
+        arguments = self._arguments(batches, loss_kwargs)
+        global_names = self.streams.global_names
+        shared = {name: leaf for name, leaf in self._first_trained(encoded).items() if name in global_names}
+        # The modules behind a function are met when it calls them.
+        met = nullcontext() if isinstance(self.loss_fn, nn.Module) else meeting(self.snapshot.note)
+        self.replicas.agreement.check()
+        with met, torch.enable_grad(), torch.autocast(self.replicas.device.type, enabled=False):
+            reps = self._joined(encoded)
+            loss = global_loss(self.loss_fn, self.replicas, reps, shared, arguments)
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise ValueError(f"expected a scalar loss of the representations, got {loss}")
+        check_finite(loss, reps)
+        self.snapshot.note_gradients(leaves_of([loss]))
+        return loss.reshape(())
+
+    def check_all_seen(self, encoded: Sequence[Encoded]) -> None:
+        """Raise ValueError if the loss has left no gradient in some representation."""
+        leaves = {name: leaves[0] for name, leaves in by_name(encoded).items()}
+        unseen = [name for name, leaf in leaves.items() if leaf.requires_grad and leaf.grad is None]
+        if ignored := [name for name in unseen if name not in self.streams.global_names]:
+            raise ValueError(f"expected a loss of every representation, got one that ignores {ignored}")
+
     @torch.no_grad()
-    def update(self, calls: Sequence[Encoded], streams: Streams) -> None:
+    def update(self, encoded: Sequence[Encoded]) -> None:
         """Let a loss move its state, at the end of a step, if it has one."""
         if isinstance(self.loss_fn, StatefulLoss):
-            parts = {n: leaves for n, leaves in by_name(calls).items() if n not in streams.global_names}
-            self.loss_fn.update({name: torch.cat(leaves) for name, leaves in parts.items()})
+            self.loss_fn.update(self._joined(encoded))
+
+    def _joined(self, encoded: Sequence[Encoded]) -> Named:
+        """The representations of all chunks, `(B, ...)` by name."""
+        parts = by_name(encoded).items()
+        return {name: torch.cat(rows) for name, rows in parts if name not in self.streams.global_names}
+
+    def _first_trained(self, encoded: Sequence[Encoded]) -> Named:
+        """The leaves of the first chunk of a stream that trains, or of the first one if none does."""
+        for chunk in encoded:
+            reps = [leaf for name, leaf in chunk.leaves.items() if name not in self.streams.global_names]
+            if any(leaf.requires_grad for leaf in reps):
+                return chunk.leaves
+        return encoded[0].leaves
+
+    def _arguments(self, batches: Iterable[Inputs], loss_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        extras = [self.streams.extras(batch) for batch in batches]
+        joined = {key: concatenate([extra[key] for extra in extras]) for key in extras[0]}
+        if twice := loss_kwargs.keys() & joined:
+            raise ValueError(f"expected {sorted(twice)} in the chunks or by keyword, got both")
+        return {**loss_kwargs, **send_to_device(joined, self.replicas.device)}
 
 
 def global_loss(
@@ -91,11 +130,3 @@ def global_loss(
     extras = {k: batch.gather(v) if isinstance(v, Tensor) and v.ndim else v for k, v in extras.items()}
     share = call(partial(loss_fn, **extras), unnamed({**reps, **shared})) / replicas.world_size
     return batch.sum(share)
-
-
-def _first_trained(calls: Sequence[Encoded], streams: Streams) -> Named:
-    """The leaves of the first call of a stream that trains, or of the first one if none does: its globals count."""
-    for each in calls:
-        if any(leaf.requires_grad for name, leaf in each.leaves.items() if name not in streams.global_names):
-            return each.leaves
-    return calls[0].leaves

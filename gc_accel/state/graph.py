@@ -1,5 +1,6 @@
 """What an autograd graph holds: the tensors that it ends in, and the kinds of its nodes."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -21,3 +22,8 @@ def leaves_and_nodes(output: Tensor) -> tuple[list[Tensor], frozenset[str]]:
             leaves.append(node.variable)
         waiting += [following for following, _ in node.next_functions]
     return leaves, frozenset(names)
+
+
+def leaves_of(outputs: Iterable[Tensor]) -> list[Tensor]:
+    """The leaves that any of some outputs depends on."""
+    return [leaf for output in outputs for leaf in leaves_and_nodes(output)[0]]
