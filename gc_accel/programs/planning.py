@@ -13,9 +13,9 @@ from gc_accel.losses.stateful.accumulated import AccumulatedLoss
 from gc_accel.memory.retention import Retention
 from gc_accel.planning.dry_run import DryRun
 from gc_accel.planning.plan import Plan, plan
-from gc_accel.programs.command_line import option
 from gc_accel.training.chunk_sizes import SAMPLE
 from gc_accel.training.loader import training_loader
+from gc_accel.training.options import option
 from gc_accel.training.precomputing import frozen_tower
 from gc_accel.training.trainer import CachedContrastiveTrainer
 

@@ -9,7 +9,7 @@ import datasets
 
 from gc_accel.data.sources.image_text import Rows, features_of, load_image_text, require_columns
 from gc_accel.data.sources.rows import take_rows
-from gc_accel.programs.command_line import option
+from gc_accel.training.options import option
 
 
 @dataclass
