@@ -293,7 +293,7 @@ def test_shares_of_four_ranks_are_disjoint_and_so_are_the_numbers_of_their_rows(
         own = [row for block in plan.share.iter(32) for row in block["number"]]
         assert own == [row["number"] for row in share]
         shares.append(own)
-        numbered += [row.number for chunk in plan.chunks() for row in chunk]
+        numbered += [row.number for (chunk,) in plan.batches_of_chunks() for row in chunk]
     assert len(set(numbered)) == len(numbered) > 15
     assert sorted(chain.from_iterable(shares)) == list(range(23))
 
@@ -488,7 +488,7 @@ def test_captions_are_known_without_their_images_and_drawn_anew_in_each_pass(mon
     for epoch in range(2):
         dataset.set_epoch(epoch)
         again.epoch = epoch
-        (rows,) = again.chunks()
+        ((rows,),) = again.batches_of_chunks()
         assert dataset.texts(rows) == drawn[epoch]
     same = sum(a == b for a, b in zip(sorted(drawn[0]), sorted(drawn[1]), strict=True))
     assert same < 9
