@@ -483,7 +483,7 @@ def test_captions_are_known_without_their_images_and_drawn_anew_in_each_pass(mon
     drawn = [
         [item["text"] for chunk in batch for item in chunk] for batch in StreamLoader(dataset, plan, list)
     ]
-    monkeypatch.setattr(readers, "_read_image", None)
+    monkeypatch.setattr(readers, "read_image", None)
     again = StreamPlan(dataset.stream, 12, 12, batches=2, shuffle_buffer=0)
     for epoch in range(2):
         dataset.set_epoch(epoch)
@@ -651,8 +651,8 @@ def test_a_finished_run_goes_on_with_more_steps(tmp_path, shards, steps):
 def test_images_of_skipped_batches_are_not_decoded(tmp_path, shards, monkeypatch):
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
     make_trainer(tmp_path / "run", shards, **options).train()
-    read, decode = [], readers._read_image
-    monkeypatch.setattr(readers, "_read_image", lambda *args: read.append(1) or decode(*args))
+    read, decode = [], readers.read_image
+    monkeypatch.setattr(readers, "read_image", lambda *args: read.append(1) or decode(*args))
     resumed = make_trainer(tmp_path / "other", shards, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert len(read) == 8

@@ -7,7 +7,7 @@ from typing import Any
 
 import datasets
 
-from gc_accel.data.sources.image_text import Rows, features_of, load_image_text, require_columns
+from gc_accel.data.sources.image_text import HFDataset, features_of, load_image_text, require_columns
 from gc_accel.data.sources.rows import take_rows
 from gc_accel.training.options import option
 
@@ -54,7 +54,7 @@ def check_streaming(args: SplitArguments, max_steps: int, *, built_in: str) -> N
         raise ValueError(f"expected a --dataset to stream, got the built-in {built_in!r}: name one")
 
 
-def load_splits(args: SplitArguments) -> tuple[Rows, datasets.Dataset]:
+def load_splits(args: SplitArguments) -> tuple[HFDataset, datasets.Dataset]:
     """Rows to train on, and at most `eval_size` others, drawn by `split_seed`, to evaluate on.
 
     Raises:

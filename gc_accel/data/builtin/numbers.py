@@ -97,7 +97,7 @@ class HandwrittenNumbers(torch.utils.data.Dataset[dict[str, Any]]):
         self.numbers = _draw_numbers(split, size, digits, rngs[0])
         scans = _draw_scans(split, self.numbers, digits, rngs[1])
         self.pixels = _compose(scans, image_size, rngs[2])
-        self.parts = frozenset({"image", "text"})  # of an item
+        self.modalities = frozenset({"image", "text"})  # those that an item has
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -105,25 +105,25 @@ class HandwrittenNumbers(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         number = int(self.numbers[index])
         item: dict[str, Any] = {"label": number}
-        if "image" in self.parts:
+        if "image" in self.modalities:
             item["image"] = torch.from_numpy(self.pixels[index]).repeat(3, 1, 1)
-        if "text" in self.parts:
+        if "text" in self.modalities:
             item["text"] = TEMPLATE.format(number_in_words(number))
         return item
 
     def texts(self, indices: list[int]) -> list[str]:
-        """Captions alone."""
+        """The captions of some samples; no image is made."""
         return [TEMPLATE.format(number_in_words(int(number))) for number in self.numbers[indices]]
 
-    def without(self, part: str) -> "HandwrittenNumbers":
+    def without(self, modality: str) -> "HandwrittenNumbers":
         """The same samples without their "image" or their "text"."""
         rest = copy(self)
-        rest.parts = self.parts - {part}
+        rest.modalities = self.modalities - {modality}
         return rest
 
-    def fingerprint(self, part: str) -> str:
-        """Of all images or of all texts."""
-        return sha256((self.pixels if part == "image" else self.numbers).tobytes()).hexdigest()
+    def fingerprint(self, modality: str) -> str:
+        """A string that tells all images or all texts from others."""
+        return sha256((self.pixels if modality == "image" else self.numbers).tobytes()).hexdigest()
 
 
 def _draw_numbers(split: str, size: int, digits: int, rng: np.random.Generator) -> np.ndarray:
