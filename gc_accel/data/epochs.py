@@ -17,7 +17,7 @@ class SharedEpoch:
         self._value = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set(self, epoch: int) -> None:
-        """Change it, for this process and for all that have it."""
+        """Change the number, for this process and for all that share it."""
         self._value.fill_(epoch)
 
     def __int__(self) -> int:

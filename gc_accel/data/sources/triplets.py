@@ -92,17 +92,15 @@ class TripletDataset(torch.utils.data.Dataset[dict[str, Any]]):
         if self.negatives:
             texts["negatives"] = row[self.negatives_column]
         counts = {"query": 1, "positive": 1, "negatives": self.negatives}
-        drawn = {key: _draw(_strings(texts[key]), count, rng) for key, count in counts.items()}
+        drawn: dict[str, Any] = {
+            key: _draw(_strings(texts[key]), count, rng) for key, count in counts.items()
+        }
         if short := [key for key, count in counts.items() if len(drawn[key]) < count]:
             raise ValueError(
                 f"row {index} of the data set: expected at least {counts} strings, got too few for {short}: "
                 "filter the row out, or ask for fewer negatives"
             )
-        return {
-            "query": drawn["query"][0],
-            "positive": drawn["positive"][0],
-            "negatives": drawn["negatives"],
-        }
+        return drawn | {"query": drawn["query"][0], "positive": drawn["positive"][0]}
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the passages of this epoch from now on, also in workers that are already running."""
