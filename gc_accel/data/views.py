@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from gc_accel.data.collators import Item
-from gc_accel.data.epochs import SharedEpoch
+from gc_accel.data.epochs import EpochDataset
 
 
 def fold_views(
@@ -54,12 +54,11 @@ def fold_views(
     raise ValueError(f"expected views_layout 'view_major' or 'sample_major', got {views_layout!r}")
 
 
-class MultiViewDataset(Dataset[dict[str, Any] | None]):
+class MultiViewDataset(EpochDataset):
     """Views of the images of another data set, the same for the same seed, epoch and index.
 
-    The views of a sample depend on nothing else: not on the order, the workers or what was drawn before, so a
-    resumed run sees the views of the one that was interrupted. An item is ``{"views": ...}``, with "label" if
-    the sample has one; a sample that the data set leaves out (None) is left out here.
+    An item is ``{"views": ...}``, with "label" if the sample has one. A sample that the data set leaves out (None)
+    is left out here.
 
     Args:
         dataset: has samples ``{"image", "label"?}``, map-style or over a stream.
@@ -71,10 +70,9 @@ class MultiViewDataset(Dataset[dict[str, Any] | None]):
     def __init__(
         self, dataset: Dataset[Any], transform: Callable[[Any], Tensor | list[Tensor]], *, seed: int = 0
     ) -> None:
+        super().__init__(seed)
         self.dataset: Any = dataset
         self.transform = transform
-        self.seed = seed
-        self._epoch = SharedEpoch()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -88,17 +86,12 @@ class MultiViewDataset(Dataset[dict[str, Any] | None]):
         sample = self.dataset[index]
         if sample is None:
             return None
-        draw = np.random.SeedSequence((self.seed, int(self._epoch), int(index)))
-        entropy = draw.generate_state(1, np.uint64)
+        entropy = self._seed_of(index).generate_state(1, np.uint64)
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would reach for the generators of the accelerators too.
             torch.default_generator.manual_seed(int(entropy[0]))
             views = self.transform(sample["image"])
         return {"views": views} | {key: sample[key] for key in ("label",) if key in sample}
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw the views of this epoch from now on, also in workers that are already running."""
-        self._epoch.set(epoch)
 
     @property
     def skipped(self) -> int:

@@ -2,8 +2,8 @@
 
 `load_image_text` (`image_text.py`) finds the rows and leaves their reading to `datasets`. `ImageTextDataset` turns a
 row into a pair: it decodes the image itself (`images.py`), so that a broken file is reported by its row or left out,
-and draws one caption where a row has several. The draw depends on (seed, epoch, index) alone, so a resumed run repeats
-it. In a stream, a row takes the place of its index (`rows.py`).
+and draws one caption where a row has several (`epochs.py`). In a stream, a row takes the place of its index
+(`rows.py`).
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ import datasets
 import numpy as np
 import torch
 
-from gc_accel.data.epochs import SharedEpoch
+from gc_accel.data.epochs import EpochDataset
 from gc_accel.data.sources.image_text import HFDataset, features_of, require_columns
 from gc_accel.data.sources.images import describe_image, read_image
 from gc_accel.data.sources.precomputed import file_times
@@ -28,7 +28,7 @@ COLUMNS = {
 }  # the argument that names the column, by modality
 
 
-class ImageTextDataset(torch.utils.data.Dataset[dict[str, Any] | None]):
+class ImageTextDataset(EpochDataset):
     """Images with their captions, from the columns of a `datasets.Dataset` or a `datasets.IterableDataset`.
 
     An item is ``{"image": PIL image in RGB, "text": str}``, with an integer "label" if a label column is
@@ -66,6 +66,7 @@ class ImageTextDataset(torch.utils.data.Dataset[dict[str, Any] | None]):
         on_bad_image: Literal["error", "skip"] = "error",
         seed: int = 0,
     ) -> None:
+        super().__init__(seed)
         if on_bad_image not in ("error", "skip"):
             raise ValueError(f"expected on_bad_image 'error' or 'skip', got {on_bad_image!r}")
         named = {"image_column": image_column, "caption_column": caption_column, "label_column": label_column}
@@ -83,8 +84,6 @@ class ImageTextDataset(torch.utils.data.Dataset[dict[str, Any] | None]):
         self.label_column = label_column
         self.root = Path(root or "")
         self.on_bad_image = on_bad_image
-        self.seed = seed
-        self._epoch = SharedEpoch()
         # Counts are in shared memory too, so that workers that are already running report their skips.
         self._skipped = torch.zeros(1 + MAX_WORKERS, dtype=torch.int64).share_memory_()
 
@@ -117,10 +116,6 @@ class ImageTextDataset(torch.utils.data.Dataset[dict[str, Any] | None]):
                 "or pass on_bad_image='skip' to leave such rows out"
             ) from error
         return item
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw the captions of this epoch from now on, also in workers that are already running."""
-        self._epoch.set(epoch)
 
     @property
     def skipped(self) -> int:
@@ -170,7 +165,7 @@ class ImageTextDataset(torch.utils.data.Dataset[dict[str, Any] | None]):
 
     def _draw_caption(self, caption: Any, index: int | StreamedRow) -> str:
         if isinstance(caption, list) and caption:
-            draw = np.random.default_rng((self.seed, int(self._epoch), int(index)))
+            draw = np.random.default_rng(self._seed_of(index))
             caption = caption[draw.integers(len(caption))]
         if not isinstance(caption, str):
             raise ValueError(

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gc_accel.data.collators import Item, Tensors
-from gc_accel.data.epochs import SharedEpoch
+from gc_accel.data.epochs import EpochDataset
 from gc_accel.data.sources.image_text import BUILDERS, read_files
 
 
@@ -47,7 +47,7 @@ def load_triplets(source: str, split: str, *, name: str | None = None) -> datase
     )
 
 
-class TripletDataset(torch.utils.data.Dataset[dict[str, Any]]):
+class TripletDataset(EpochDataset):
     """Rows as items `{"query": str, "positive": str, "negatives": [str, ...]}`.
 
     Args:
@@ -72,6 +72,7 @@ class TripletDataset(torch.utils.data.Dataset[dict[str, Any]]):
         negatives: int = 1,
         seed: int = 0,
     ) -> None:
+        super().__init__(seed)
         columns = {"query_column": query_column, "positive_column": positive_column}
         columns |= {"negatives_column": negatives_column} if negatives else {}
         for argument, column in columns.items():
@@ -79,15 +80,14 @@ class TripletDataset(torch.utils.data.Dataset[dict[str, Any]]):
                 raise ValueError(f"expected a column {column!r}, got {rows.column_names}: set {argument}")
         self.rows = rows.select_columns(list(dict.fromkeys(columns.values())))
         self.query_column, self.positive_column = query_column, positive_column
-        self.negatives_column, self.negatives, self.seed = negatives_column, negatives, seed
-        self._epoch = SharedEpoch()
+        self.negatives_column, self.negatives = negatives_column, negatives
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        rng = np.random.default_rng((self.seed, int(self._epoch), index))
+        rng = np.random.default_rng(self._seed_of(index))
         texts = {"query": row[self.query_column], "positive": row[self.positive_column], "negatives": []}
         if self.negatives:
             texts["negatives"] = row[self.negatives_column]
@@ -101,10 +101,6 @@ class TripletDataset(torch.utils.data.Dataset[dict[str, Any]]):
                 "filter the row out, or ask for fewer negatives"
             )
         return drawn | {"query": drawn["query"][0], "positive": drawn["positive"][0]}
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw the passages of this epoch from now on, also in workers that are already running."""
-        self._epoch.set(epoch)
 
 
 class TripletCollator:
