@@ -83,7 +83,11 @@ def supcon_transform(
     grayscale: float = 0.2,
     blur: float = 0.0,
 ) -> MultiView:
-    """Views of SupCon: as `simclr_transform`, with larger crops, half the jitter and no blur."""
+    """Views of SupCon: as `simclr_transform`, with larger crops, half the jitter and no blur.
+
+    Raises:
+        ValueError: there is no view or no pixel, or a parameter is out of range.
+    """
     options = {"jitter": jitter, "flip": flip, "grayscale": grayscale, "blur": blur}
     return simclr_transform(size, views=views, crop_scale=crop_scale, **options)
 

@@ -1,4 +1,4 @@
-"""How programs begin and end: dataclasses of arguments, read from flags or from one file, and the last of gloo."""
+"""How programs begin, with arguments read from flags or from one file, and how they end on any number of ranks."""
 
 import sys
 import time

@@ -81,7 +81,11 @@ def precompute(
 
 
 def _source(dataset: Any) -> Precomputable:
-    """The data set itself, of which a part may have been precomputed in an earlier run."""
+    """The data set itself, which a `PrecomputedDataset` of an earlier run may wrap.
+
+    Raises:
+        ValueError: the data are drawn anew in each epoch.
+    """
     dataset = dataset.dataset if isinstance(dataset, PrecomputedDataset) else dataset
     if not isinstance(dataset, Precomputable):
         raise ValueError(

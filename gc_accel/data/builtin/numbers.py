@@ -52,13 +52,7 @@ class HandwrittenNumbers(torch.utils.data.Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self,
-        split: Split,
-        *,
-        size: int,
-        digits: int = 4,
-        seed: int = 0,
-        image_size: int = 32,
+        self, split: Split, *, size: int, digits: int = 4, seed: int = 0, image_size: int = 32
     ) -> None:
         check_split(split)
         if digits not in (3, 4):

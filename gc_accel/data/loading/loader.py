@@ -104,7 +104,7 @@ class Batches(IterableDataset):
         self.chunks = iter(self.chunk_loader)
 
     def _with_rest(self, chunk: Any, batch: int) -> Iterator[Any]:
-        """The first chunk of a batch of this iteration, and those that are still to be loaded."""
+        """The first chunk of a batch, and the others as they are loaded; `batch` counts from the epoch's beginning."""
         return chain([chunk], islice(self.chunks, self.sampler.counts[batch] - 1))
 
 

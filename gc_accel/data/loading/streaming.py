@@ -113,7 +113,7 @@ class StreamPlan(ChunkPlan):
         return DataLoader(
             RowGroups(self.share, skip=first * self.batch_size),
             batch_size=None,
-            collate_fn=_unchanged,
+            collate_fn=list,  # leaves rows as they are
             num_workers=int(self.read_ahead),
             prefetch_factor=2 + self.batch_size // GROUP_SIZE if self.read_ahead else None,
             generator=torch.Generator(),  # draws the worker's seed, apart from the one that dropout uses
@@ -198,7 +198,3 @@ class StreamLoader(ChunkedLoader):
             raise ValueError(
                 f"expected a stream to be read in one epoch, got epoch {epoch}: ask for more batches"
             )
-
-
-def _unchanged(rows: Any) -> Any:
-    return rows

@@ -134,10 +134,10 @@ class ImageTextDataset(EpochDataset):
 
     def without(self, modality: str) -> "ImageTextDataset":
         """The same samples without their "image", which is then not opened, or without their "text"."""
-        rest, attribute = copy(self), COLUMNS[modality]
-        rest._rows = self._rows.remove_columns(getattr(self, attribute))
-        setattr(rest, attribute, None)
-        return rest
+        others = copy(self)
+        others._rows = self._rows.remove_columns(getattr(self, COLUMNS[modality]))
+        setattr(others, COLUMNS[modality], None)
+        return others
 
     def fingerprint(self, modality: str) -> str:
         """A string that tells all images, with the times of their files, or all texts from others.
