@@ -38,7 +38,7 @@ from gc_accel.data import (
     ViewsCollator,
     handwriting_transform,
 )
-from gc_accel.data.sources.image_text import Rows, features_of
+from gc_accel.data.sources.image_text import HFDataset, features_of
 from gc_accel.data.transforms import MultiView
 from gc_accel.pictures import embedding_map, training_curve
 from gc_accel.programs.command_line import option, parse, run
@@ -115,7 +115,9 @@ class TrainArguments(CachedContrastiveArguments):
     report_to: str = option("none", "Tracker: 'tensorboard', 'wandb', ... or 'none'.")
 
 
-def with_integer_labels(rows: list[Rows], column: str | None, features: datasets.Features) -> list[Rows]:
+def with_integer_labels(
+    rows: list[HFDataset], column: str | None, features: datasets.Features
+) -> list[HFDataset]:
     """Classes that are words as numbers, the same in every split; a stream would have to be read for them."""
     streamed = isinstance(rows[0], datasets.IterableDataset)
     if streamed or column not in features or features[column].dtype != "string":

@@ -196,8 +196,8 @@ def pictures(folder, *, decoded=False, bad=None, **options):
 def test_images_are_opened_once_in_all(tmp_path, monkeypatch, form):
     """Captions may be drawn anew in each epoch, an unreadable image is left out of both."""
     opened = []
-    original = readers._read_image
-    monkeypatch.setattr(readers, "_read_image", lambda *args: opened.append(1) or original(*args))
+    original = readers.read_image
+    monkeypatch.setattr(readers, "read_image", lambda *args: opened.append(1) or original(*args))
     expected = trained(tmp_path / "a", data=pictures(tmp_path / "images", **form))
     assert len(opened) == 48, "two epochs of three batches of eight"
     opened.clear()

@@ -293,7 +293,7 @@ def test_shares_of_four_ranks_are_disjoint_and_so_are_the_numbers_of_their_rows(
         own = [row for block in plan.share.iter(32) for row in block["number"]]
         assert own == [row["number"] for row in share]
         shares.append(own)
-        numbered += [row.number for chunk in plan.chunks() for row in chunk]
+        numbered += [row.number for (chunk,) in plan.batches_of_chunks() for row in chunk]
     assert len(set(numbered)) == len(numbered) > 15
     assert sorted(chain.from_iterable(shares)) == list(range(23))
 
@@ -483,12 +483,12 @@ def test_captions_are_known_without_their_images_and_drawn_anew_in_each_pass(mon
     drawn = [
         [item["text"] for chunk in batch for item in chunk] for batch in StreamLoader(dataset, plan, list)
     ]
-    monkeypatch.setattr(readers, "_read_image", None)
+    monkeypatch.setattr(readers, "read_image", None)
     again = StreamPlan(dataset.stream, 12, 12, batches=2, shuffle_buffer=0)
     for epoch in range(2):
         dataset.set_epoch(epoch)
         again.epoch = epoch
-        (rows,) = again.chunks()
+        ((rows,),) = again.batches_of_chunks()
         assert dataset.texts(rows) == drawn[epoch]
     same = sum(a == b for a, b in zip(sorted(drawn[0]), sorted(drawn[1]), strict=True))
     assert same < 9
@@ -651,8 +651,8 @@ def test_a_finished_run_goes_on_with_more_steps(tmp_path, shards, steps):
 def test_images_of_skipped_batches_are_not_decoded(tmp_path, shards, monkeypatch):
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
     make_trainer(tmp_path / "run", shards, **options).train()
-    read, decode = [], readers._read_image
-    monkeypatch.setattr(readers, "_read_image", lambda *args: read.append(1) or decode(*args))
+    read, decode = [], readers.read_image
+    monkeypatch.setattr(readers, "read_image", lambda *args: read.append(1) or decode(*args))
     resumed = make_trainer(tmp_path / "other", shards, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert len(read) == 8

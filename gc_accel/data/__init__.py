@@ -4,11 +4,11 @@ from gc_accel.data.builtin.digits import HandwrittenDigits
 from gc_accel.data.builtin.numbers import (
     HandwrittenNumbers,
     all_captions,
-    number_in_words,
     numbers_config,
     numbers_processor,
 )
 from gc_accel.data.builtin.passages import NumberPassages, passages_config, passages_tokenizer
+from gc_accel.data.builtin.words import number_in_words
 from gc_accel.data.collators import ImageTextCollator, OpenClipCollator, image_statistics
 from gc_accel.data.loading.loader import ChunkedLoader
 from gc_accel.data.loading.plan import BatchPlan

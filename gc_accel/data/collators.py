@@ -6,7 +6,8 @@ the device, where the encoder rescales and normalises them with the statistics f
 Shape letters: C chunk, H height, W width, L tokens.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,15 +17,15 @@ from torchvision.transforms import Compose, Normalize
 from torchvision.transforms.functional import pil_to_tensor
 from transformers import ProcessorMixin
 
-Item = Mapping[str, Any]
-Chunk = dict[str, torch.Tensor]
+Item = Mapping[str, Any]  # a sample, as a data set returns it
+Tensors = dict[str, torch.Tensor]
 Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 # Tokenizers without a limit of their own report one of about 1e30.
 UNLIMITED = 10_000
 
-READY = ("image_embeds", "text_embeds")  # what a frozen tower gave before, instead of images or texts
-# Tells tokenizers apart: cases, digits, marks, accents, other scripts.
+PRECOMPUTED = ("image_embeds", "text_embeds")  # representations of a frozen tower, instead of images or texts
+# A text that tells tokenizers apart: cases, digits, marks, accents, other scripts.
 PROBE = "Pack my box with FIVE dozen liquor jugs; 1,234.56 naïve façades (東京, Москва) & co. \n #hashtag"
 
 
@@ -35,7 +36,7 @@ class OpenClipTokenizer(Protocol):
 
 
 def image_statistics(processing_class: ProcessorMixin) -> Statistics:
-    """Mean and std per channel such that ``(pixels / 255 - mean) / std`` is what the processor makes.
+    """Mean and std per channel ``(3,)`` such that ``(pixels / 255 - mean) / std`` is what the processor makes.
 
     The processor computes ``(pixels * factor - mean) / std``, each part only if it is switched on; both
     statistics are brought to the scale 0 .. 1 of ``pixels / 255``.
@@ -48,7 +49,54 @@ def image_statistics(processing_class: ProcessorMixin) -> Statistics:
     return (r, g, b), (std_r, std_g, std_b)
 
 
-class ImageTextCollator:
+class PairCollator(ABC):
+    """Collates samples of images and texts; how each becomes tensors is up to the model's own preprocessing."""
+
+    def __call__(self, items: Sequence[Item | None]) -> Tensors | None:
+        """Samples ``{"image": PIL or uint8 (3, H, W), "text", "label"?}`` to a chunk; None if all are None.
+
+        Samples may have representations, ``"image_embeds"`` or ``"text_embeds"`` ``(D,)``, instead of an image or a
+        text.
+
+        Returns:
+            ``pixel_values`` uint8 ``(C, 3, H, W)``, ``input_ids`` and, if the tokenizer makes one,
+            ``attention_mask`` ``(C, L)``, ``labels`` int64 ``(C,)`` if the samples have one.
+
+        Raises:
+            ValueError: images are no uint8.
+        """
+        present = [item for item in items if item is not None]
+        if not present:
+            return None
+        columns = {key: [item[key] for item in present] for key in present[0]}
+        chunk = {"pixel_values": _exact_uint8(self._images(columns["image"]))} if "image" in columns else {}
+        chunk |= self.tokenize(columns["text"]) if "text" in columns else {}
+        chunk |= {key: torch.stack(columns[key]) for key in PRECOMPUTED if key in columns}
+        if "label" in columns:
+            chunk["labels"] = torch.tensor(columns["label"], dtype=torch.int64)
+        return chunk
+
+    @abstractmethod
+    def _images(self, images: list[Image.Image | torch.Tensor]) -> torch.Tensor:
+        """Resize and crop images to pixels 0 .. 255 ``(C, 3, H, W)`` of any type."""
+
+    @abstractmethod
+    def tokenize(self, texts: list[str]) -> Tensors:
+        """Captions alone: ``input_ids`` and, if the tokenizer makes one, ``attention_mask`` ``(C, L)``."""
+
+    @abstractmethod
+    def token_lengths(self, texts: list[str]) -> list[int]:
+        """How many tokens each caption takes in a chunk of which it is the longest."""
+
+    @abstractmethod
+    def settings(self, modality: str) -> str:
+        """All that decides what becomes of an "image" or a "text", apart from that itself."""
+
+    def _probe(self) -> str:
+        return str(self.tokenize([PROBE])["input_ids"].tolist())
+
+
+class ImageTextCollator(PairCollator):
     """Collate samples with a processor of transformers (CLIP, SigLIP, VisionTextDualEncoder, ...).
 
     Captions are padded to the longest of the chunk if the tokenizer makes an attention mask, else to the
@@ -60,7 +108,7 @@ class ImageTextCollator:
         max_length: in tokens; the tokenizer's own by default. Longer captions are cut.
 
     Raises:
-        ValueError: captions are to be padded to a maximum length and there is none; images are no uint8.
+        ValueError: captions are to be padded to a maximum length and there is none.
     """
 
     def __init__(self, processing_class: ProcessorMixin, *, max_length: int | None = None) -> None:
@@ -77,25 +125,12 @@ class ImageTextCollator:
                 f"got a tokenizer with model_max_length {self.tokenizer.model_max_length}: pass max_length"
             )
 
-    def __call__(self, items: Sequence[Item | None]) -> Chunk | None:
-        """Samples ``{"image": PIL or uint8 (3, H, W), "text", "label"?}`` to a chunk; None if all are None.
-
-        Samples may have representations, ``"image_embeds"`` or ``"text_embeds"``, instead of an image or a text.
-
-        Returns:
-            ``pixel_values`` uint8 ``(C, 3, H, W)``, ``input_ids`` and, if the tokenizer makes one,
-            ``attention_mask`` ``(C, L)``, ``labels`` int64 ``(C,)`` if the samples have one.
-        """
-        return _collate(items, self._images, self.tokenize)
-
     def _images(self, images: list[Image.Image | torch.Tensor]) -> torch.Tensor:
-        raw = self.image_processor(
+        return self.image_processor(
             images, do_rescale=False, do_normalize=False, do_convert_rgb=True, return_tensors="pt"
-        )
-        return _exact_uint8(raw["pixel_values"])
+        )["pixel_values"]
 
-    def tokenize(self, texts: list[str]) -> Chunk:
-        """Captions alone: ``input_ids`` and, if the tokenizer makes one, ``attention_mask`` ``(C, L)``."""
+    def tokenize(self, texts: list[str]) -> Tensors:
         tokens = self.tokenizer(
             texts,
             padding=self.padding,
@@ -107,25 +142,23 @@ class ImageTextCollator:
         return {key: tokens[key] for key in ("input_ids", "attention_mask") if key in tokens}
 
     def token_lengths(self, texts: list[str]) -> list[int]:
-        """Tokens of each caption, as many as its chunk is padded to if it is the longest."""
         if self.padding == "max_length":
             return [self.tokenize([""])["input_ids"].shape[1]] * len(texts)
         tokens = self.tokenizer(texts, truncation=self.max_length is not None, max_length=self.max_length)
         return [len(ids) for ids in tokens["input_ids"]]
 
-    def settings(self, part: str) -> str:
-        """All that decides on what becomes of an "image" or a "text", apart from that itself."""
-        if part == "image":
+    def settings(self, modality: str) -> str:
+        if modality == "image":
             return self.image_processor.to_json_string()
-        return f"{self.padding} {self.tokenizer.padding_side} {self.max_length} {_tokens(self)}"
+        return f"{self.padding} {self.tokenizer.padding_side} {self.max_length} {self._probe()}"
 
 
-class OpenClipCollator:
+class OpenClipCollator(PairCollator):
     """Collate samples for a model of open_clip: its own resizing and cropping, and its own tokenizer.
 
     Args:
         preprocess_cfg: ``model.visual.preprocess_cfg``. The encoder normalises with its mean and std.
-        tokenizer: ``open_clip.get_tokenizer(name)``.
+        tokenizer: ``open_clip.get_tokenizer(name)``, which pads every caption to the context length.
 
     Example:
         >>> model = open_clip.create_model("ViT-B-32")
@@ -143,59 +176,28 @@ class OpenClipCollator:
         self.statistics = (normalize.mean, normalize.std)
         self.tokenizer = tokenizer
 
-    def __call__(self, items: Sequence[Item | None]) -> Chunk | None:
-        """Samples ``{"image": PIL or uint8 (3, H, W), "text", "label"?}`` to a chunk; None if all are None.
-
-        Samples may have representations, ``"image_embeds"`` or ``"text_embeds"``, instead of an image or a text.
-
-        Returns:
-            ``pixel_values`` uint8 ``(C, 3, H, W)``, ``input_ids`` ``(C, L)``, and ``labels`` int64 ``(C,)``
-            if the samples have one.
-        """
-        return _collate(items, self._images, self.tokenize)
-
-    def tokenize(self, texts: list[str]) -> Chunk:
-        """Captions alone: ``input_ids`` ``(C, L)``."""
+    def tokenize(self, texts: list[str]) -> Tensors:
         return {"input_ids": self.tokenizer(texts)}
 
     def token_lengths(self, texts: list[str]) -> list[int]:
-        """The context length for each caption: models of open_clip take no shorter ones."""
         return [self.tokenizer([""]).shape[1]] * len(texts)
 
-    def settings(self, part: str) -> str:
-        """All that decides on what becomes of an "image" or a "text", apart from that itself."""
-        return repr(self.preprocess_cfg) if part == "image" else _tokens(self)
+    def settings(self, modality: str) -> str:
+        return repr(self.preprocess_cfg) if modality == "image" else self._probe()
 
     def _images(self, images: list[Image.Image | torch.Tensor]) -> torch.Tensor:
-        return _exact_uint8(torch.stack([self._image(image) for image in images]))
-
-    def _image(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
-        image = self.transform(image)
-        return image if isinstance(image, torch.Tensor) else pil_to_tensor(image)
-
-
-def _collate(
-    items: Sequence[Item | None], images: Callable[..., torch.Tensor], tokenize: Callable[[list[str]], Chunk]
-) -> Chunk | None:
-    """What the samples have, each in its way."""
-    present = [item for item in items if item is not None]
-    if not present:
-        return None
-    columns = {key: [item[key] for item in present] for key in present[0]}
-    chunk = {"pixel_values": images(columns["image"])} if "image" in columns else {}
-    chunk |= tokenize(columns["text"]) if "text" in columns else {}
-    chunk |= {key: torch.stack(columns[key]) for key in READY if key in columns}
-    if "label" in columns:
-        chunk["labels"] = torch.tensor(columns["label"], dtype=torch.int64)
-    return chunk
-
-
-def _tokens(collator: "ImageTextCollator | OpenClipCollator") -> str:
-    return str(collator.tokenize([PROBE])["input_ids"].tolist())
+        crops = [self.transform(image) for image in images]
+        return torch.stack(
+            [crop if isinstance(crop, torch.Tensor) else pil_to_tensor(crop) for crop in crops]
+        )
 
 
 def _exact_uint8(pixels: torch.Tensor) -> torch.Tensor:
-    """Pixels 0 .. 255 of any type as uint8; refuses what that would change, and images scaled to 0 .. 1."""
+    """Pixels 0 .. 255 of any type as uint8, of the same shape.
+
+    Raises:
+        ValueError: that would change them, or they are scaled to 0 .. 1.
+    """
     if pixels.dtype == torch.uint8:
         return pixels
     exact = pixels.to(torch.uint8)

@@ -9,16 +9,20 @@ from torch import nn
 from gc_accel.state.modules import in_mode
 
 TOLERANCE = 1e-4  # distance of unit vectors that rounding explains
-LONG = 32  # words of a caption that stands for any length, where the tokenizer has no limit
+LONG = 32  # words of a caption that stands for any long one, where the tokenizer has no limit
 
 
 @torch.no_grad()
 def padding_is_inert(encoder: nn.Module, collator: Any) -> bool:
     """Whether the embedding of a caption stays the same however far it is padded, on either side.
 
-    Not so in a tower that pools its last position, as SigLIP's does, or where padding on the left moves the
+    It does not in a tower that pools its last position, as SigLIP's does, or where padding on the left moves the
     positions that a tower counts. There each chunk's own width would change the result, so that captions have to
     be padded to the maximum. (Rotary positions may move: a decoder's captions are padded to their chunk's width.)
+
+    Args:
+        encoder: has a "text" stream.
+        collator: an `ImageTextCollator`.
 
     Raises:
         ValueError: it does not stay the same, and the collator knows no maximum length to pad to.

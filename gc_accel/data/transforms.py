@@ -23,20 +23,21 @@ Range = tuple[float, float]
 
 
 class MultiView:
-    """From an image to one view of each transform.
-
-    Takes an image of PIL or a uint8 tensor ``(3, H, W)`` or ``(1, H, W)``. Returns uint8 ``(V, 3, H, W)`` if
-    all views have one resolution, else a list of V tensors.
-
-    Raises:
-        ValueError: on a call, for a tensor that is no uint8.
-    """
+    """Maps an image to one view of each transform."""
 
     def __init__(self, transforms: Sequence[View]) -> None:
         self.transforms = list(transforms)
         self.to_rgb = v2.Compose([v2.ToImage(), v2.RGB(), v2.ToPureTensor()])
 
     def __call__(self, image: Image.Image | Tensor) -> Tensor | list[Tensor]:
+        """Draw the views of a PIL image or a uint8 tensor ``(3, H, W)`` or ``(1, H, W)``.
+
+        Returns:
+            uint8 ``(V, 3, H, W)`` if all views have one resolution, else a list of V tensors ``(3, H, W)``.
+
+        Raises:
+            ValueError: the image is a tensor of another type.
+        """
         pixels = self.to_rgb(image)
         if pixels.dtype != torch.uint8:
             raise ValueError(f"expected a PIL image or a uint8 tensor, got {pixels.dtype}: do not rescale it")
@@ -82,16 +83,13 @@ def supcon_transform(
     grayscale: float = 0.2,
     blur: float = 0.0,
 ) -> MultiView:
-    """Views of SupCon: as `simclr_transform`, with larger crops, half the jitter and no blur."""
-    return simclr_transform(
-        size,
-        views=views,
-        crop_scale=crop_scale,
-        jitter=jitter,
-        flip=flip,
-        grayscale=grayscale,
-        blur=blur,
-    )
+    """Views of SupCon: as `simclr_transform`, with larger crops, half the jitter and no blur.
+
+    Raises:
+        ValueError: there is no view or no pixel, or a parameter is out of range.
+    """
+    options = {"jitter": jitter, "flip": flip, "grayscale": grayscale, "blur": blur}
+    return simclr_transform(size, views=views, crop_scale=crop_scale, **options)
 
 
 def multicrop_transform(
@@ -109,8 +107,8 @@ def multicrop_transform(
     Args:
         sizes: pixels per side, by resolution.
         counts: number of views, by resolution.
-        crop_scales: as `crop_scale` of `simclr_transform`, by resolution.
-        jitter, flip, grayscale, blur: as in `simclr_transform`, for all.
+        crop_scales: `crop_scale` of `simclr_transform`, by resolution.
+        jitter, flip, grayscale, blur: as in `simclr_transform`, for all views.
 
     Raises:
         ValueError: the three differ in length, or a parameter is out of range.

@@ -1,4 +1,4 @@
-"""Several views of every sample: drawing them, collating them, folding them out of older layouts.
+"""Several views of every sample: they are drawn, collated, and folded out of older layouts.
 
 A batch of views has the sample as its first dimension, `(C, V, 3, H, W)`, so that it can be cut anywhere
 without parting the views of a sample.
@@ -6,7 +6,7 @@ without parting the views of a sample.
 Shape letters: B batch, C chunk, V views, H height, W width.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, SupportsIndex
 
 import datasets
@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gc_accel.data.epochs import SharedEpoch
-
-Item = Mapping[str, Any]
+from gc_accel.data.collators import Item
+from gc_accel.data.epochs import EpochDataset
 
 
 def fold_views(
@@ -26,16 +25,16 @@ def fold_views(
     *,
     views_layout: Literal["view_major", "sample_major"] = "view_major",
 ) -> Tensor:
-    """Views that lie in one long batch, `(V * B, 3, H, W)`, to `(B, V, 3, H, W)`.
+    """Fold views that lie in one long batch, `(V * B, 3, H, W)`, to `(B, V, 3, H, W)`.
 
-    Call it on the whole batch, before it is cut into chunks: half of a chunk of `[view1; view2]` are not the
+    Call this on the whole batch, before it is cut into chunks: half of a chunk of `[view1; view2]` are not the
     second views of its first half.
 
     Args:
         pixel_values: `[view1; view2]`, as SimCLR's and SupCon's scripts concatenate whole views
             ("view_major"), or view 1 and 2 of the first sample, then those of the second ("sample_major").
         views: V.
-        views_layout: which of the two.
+        views_layout: which of the two layouts it is.
 
     Raises:
         ValueError: the length is no multiple of `views`, or the layout is another.
@@ -55,27 +54,25 @@ def fold_views(
     raise ValueError(f"expected views_layout 'view_major' or 'sample_major', got {views_layout!r}")
 
 
-class MultiViewDataset(Dataset[dict[str, Any] | None]):
+class MultiViewDataset(EpochDataset):
     """Views of the images of another data set, the same for the same seed, epoch and index.
 
-    The views of a sample depend on nothing else: not on the order, the workers or what was drawn before, so a
-    resumed run sees the views of the one that was interrupted. An item is ``{"views": ...}``, with "label" if
-    the sample has one; a sample that the data set leaves out (None) is left out here.
+    An item is ``{"views": ...}``, with "label" if the sample has one. A sample that the data set leaves out (None)
+    is left out here.
 
     Args:
-        dataset: with samples ``{"image", "label"?}``, map-style or over a stream.
+        dataset: has samples ``{"image", "label"?}``, map-style or over a stream.
         transform: from an image to its views, such as `simclr_transform(32)`. It must draw from torch's
             default generator, as torchvision's transforms do, and not from `random` or numpy.
-        seed: of the views.
+        seed: random seed of the views.
     """
 
     def __init__(
         self, dataset: Dataset[Any], transform: Callable[[Any], Tensor | list[Tensor]], *, seed: int = 0
     ) -> None:
+        super().__init__(seed)
         self.dataset: Any = dataset
         self.transform = transform
-        self.seed = seed
-        self._epoch = SharedEpoch()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -89,17 +86,12 @@ class MultiViewDataset(Dataset[dict[str, Any] | None]):
         sample = self.dataset[index]
         if sample is None:
             return None
-        draw = np.random.SeedSequence((self.seed, int(self._epoch), int(index)))
-        entropy = draw.generate_state(1, np.uint64)
+        entropy = self._seed_of(index).generate_state(1, np.uint64)
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would reach for the generators of the accelerators too.
             torch.default_generator.manual_seed(int(entropy[0]))
             views = self.transform(sample["image"])
         return {"views": views} | {key: sample[key] for key in ("label",) if key in sample}
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw the views of this epoch from now on, also in workers that are already running."""
-        self._epoch.set(epoch)
 
     @property
     def skipped(self) -> int:
@@ -124,13 +116,13 @@ class ViewsCollator:
         if not present:
             return None
         views = [item["views"] for item in present]
-        shapes = {tuple(tuple(view.shape) for view in each) for each in views}
+        shapes = {tuple(tuple(view.shape) for view in crops) for crops in views}
         if len(shapes) > 1:
             raise ValueError(f"expected the same views of every sample, got the shapes {sorted(shapes)}")
         if isinstance(views[0], Tensor):
             chunk: dict[str, Any] = {"pixel_values": torch.stack(views)}
         else:
-            chunk = {"pixel_values": [torch.stack(crops) for crops in zip(*views, strict=True)]}
+            chunk = {"pixel_values": [torch.stack(view) for view in zip(*views, strict=True)]}
         if "label" in present[0]:
             chunk["labels"] = torch.tensor([item["label"] for item in present], dtype=torch.int64)
         return chunk

@@ -13,9 +13,9 @@ from gc_accel.losses.stateful.accumulated import AccumulatedLoss
 from gc_accel.memory.retention import Retention
 from gc_accel.planning.dry_run import DryRun
 from gc_accel.planning.plan import Plan, plan
-from gc_accel.programs.command_line import option
 from gc_accel.training.chunk_sizes import SAMPLE
 from gc_accel.training.loader import training_loader
+from gc_accel.training.options import option
 from gc_accel.training.precomputing import frozen_tower
 from gc_accel.training.trainer import CachedContrastiveTrainer
 
@@ -31,7 +31,7 @@ class PlanArguments:
 
 
 def plan_of(trainer: CachedContrastiveTrainer) -> Plan:
-    """The plan of a trainer's step, from a chunk with long texts of its training data.
+    """Plan a step of a trainer, from a chunk with long texts of its training data.
 
     Raises:
         ValueError: the loss makes steps of another kind than a gradient cache; there is no chunk; the run itself would
@@ -71,7 +71,7 @@ def plan_of(trainer: CachedContrastiveTrainer) -> Plan:
 
 
 def print_plan(trainer: CachedContrastiveTrainer) -> None:
-    """Print it, on the first of several processes."""
+    """Print the plan of a trainer's step, on the first of several processes."""
     if not trainer.is_world_process_zero():
         return
     print(plan_of(trainer))
@@ -81,8 +81,8 @@ def print_plan(trainer: CachedContrastiveTrainer) -> None:
 
 
 def _precomputed(encoder: Any, chunk: Any) -> Any:
-    """What a chunk will be like when the frozen tower has been run, which nobody has to wait for here."""
-    part = frozen_tower(encoder)
-    shape = DryRun(encoder, chunk, torch.device("cpu"), None).work(part).shapes[part]
-    rest = {key: value for key, value in chunk.items() if key not in encoder.streams[part]}
-    return rest | {f"{part}_embeds": torch.empty(batch_size(chunk), *shape)}
+    """The chunk with representations of the frozen tower, of the right shape, though the tower has not been run."""
+    tower = frozen_tower(encoder)
+    shape = DryRun(encoder, chunk, torch.device("cpu"), None).work(tower).shapes[tower]
+    rest = {key: value for key, value in chunk.items() if key not in encoder.streams[tower]}
+    return rest | {f"{tower}_embeds": torch.empty(batch_size(chunk), *shape)}

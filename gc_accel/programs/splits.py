@@ -7,9 +7,9 @@ from typing import Any
 
 import datasets
 
-from gc_accel.data.sources.image_text import Rows, features_of, load_image_text, require_columns
+from gc_accel.data.sources.image_text import HFDataset, features_of, load_image_text, require_columns
 from gc_accel.data.sources.rows import take_rows
-from gc_accel.programs.command_line import option
+from gc_accel.training.options import option
 
 
 @dataclass
@@ -54,8 +54,8 @@ def check_streaming(args: SplitArguments, max_steps: int, *, built_in: str) -> N
         raise ValueError(f"expected a --dataset to stream, got the built-in {built_in!r}: name one")
 
 
-def load_splits(args: SplitArguments) -> tuple[Rows, datasets.Dataset]:
-    """Rows to train on, and at most `eval_size` others, drawn by `split_seed`, to evaluate on.
+def load_splits(args: SplitArguments) -> tuple[HFDataset, datasets.Dataset]:
+    """Load rows to train on, and at most `eval_size` others, drawn by `split_seed`, to evaluate on.
 
     Raises:
         ValueError: there is no evaluation split and the training split is no larger than `eval_size`.
@@ -69,8 +69,8 @@ def load_splits(args: SplitArguments) -> tuple[Rows, datasets.Dataset]:
         return rows, held_out.select(range(min(args.eval_size, len(held_out))))
     if args.eval_size >= len(rows):
         raise _too_few(args, len(rows))
-    parts = rows.train_test_split(test_size=args.eval_size, seed=args.split_seed)
-    return parts["train"], parts["test"]
+    splits = rows.train_test_split(test_size=args.eval_size, seed=args.split_seed)
+    return splits["train"], splits["test"]
 
 
 def _stream_splits(
@@ -78,24 +78,26 @@ def _stream_splits(
 ) -> tuple[datasets.IterableDataset, datasets.Dataset]:
     rows = load_image_text(args.dataset, args.train_split, **options)
     if args.eval_split is not None:
-        others = load_image_text(args.dataset, args.eval_split, **options)
-        return rows, take_rows(others, args.eval_size, seed=args.split_seed)
+        eval_rows = load_image_text(args.dataset, args.eval_split, **options)
+        return rows, take_rows(eval_rows, args.eval_size, seed=args.split_seed)
     require_columns(features_of(rows), image_column=args.image_column)
     held_out = take_rows(rows, args.eval_size, seed=args.split_seed)
-    # Not by their place in the stream: that is another one as soon as shards are shuffled or shared among ranks.
+    # Rows are not told by their place in the stream, which is another one when shards are shuffled or shared out.
     known = frozenset(_digest(image) for image in held_out[args.image_column])
-    rows = rows.filter(partial(_are_new, known), input_columns=args.image_column, batched=True, batch_size=64)
+    rows = rows.filter(
+        partial(_are_not_in, known), input_columns=args.image_column, batched=True, batch_size=64
+    )
     if next(iter(rows), None) is None:
         raise _too_few(args, len(held_out))
     return rows, held_out
 
 
-def _are_new(known: frozenset[bytes], images: list[Any]) -> list[bool]:
+def _are_not_in(known: frozenset[bytes], images: list[Any]) -> list[bool]:
     return [_digest(image) not in known for image in images]
 
 
 def _digest(image: Any) -> bytes:
-    """What tells an image that is not decoded, bytes or a path, from others."""
+    """A hash that tells an image that is not decoded, bytes or a path, from others."""
     if isinstance(image, dict):
         image = image["bytes"] or image["path"]
     return blake2b(image if isinstance(image, bytes) else str(image).encode(), digest_size=16).digest()

@@ -1,117 +1,93 @@
 """Arguments of `CachedContrastiveTrainer`: those of transformers, plus what the cache needs."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from transformers import TrainingArguments
+
+from gc_accel.training.options import option
 
 
 @dataclass
 class CachedContrastiveArguments(TrainingArguments):
     """`TrainingArguments` in which `per_device_train_batch_size` is the contrastive batch of one device.
 
-    Args:
-        chunk_size: samples that the encoder sees at once: a number, or "auto": as many as fit.
-        retain: chunks whose graph is kept from the first pass: a number, "all", or "auto": as many as fit.
-        memory_budget: what "auto" may use, see `GradientCache`.
-        forward_chunk_size: samples of a call of the first pass, where it draws no random numbers.
-        batch_norm: what to do about BatchNorm in training mode, see `gc_accel/engine/batch_norm.py`.
-        sort_by_length: sort the texts of a batch by length before it is cut into chunks.
-        chunk_tokens: text tokens, padding included, that a chunk has at most, beside `chunk_size`.
-        shuffle_buffer: rows of a stream that are shuffled among themselves.
-        precompute_frozen: encode what a frozen tower sees once, before training (`gc_accel/training/precomputing.py`).
-        check_equivalence: compare a cached with a direct step on the first batch (`gc_accel/equivalence`).
+    Every option says in its help what it does. Those of memory and speed are explained in `GradientCache`.
 
     Raises:
-        ValueError: for values that would change the objective or cannot work with a cache.
+        ValueError: an option would change the objective, cannot work with a cache, or is out of range.
+
+    Example:
+        >>> args = CachedContrastiveArguments("out", per_device_train_batch_size=1024, chunk_size=64)
     """
 
-    chunk_size: str = field(
-        default="64",
-        metadata={
-            "help": "Samples that the encoder sees at once, or 'auto' to find out how many fit. Sets memory and speed, "
-            "never the result."
-        },
+    chunk_size: str = option(
+        "64",
+        "Samples that the encoder sees at once, or 'auto' to find out how many fit. Sets memory and speed, never the "
+        "result.",
     )
-    retain: str = field(
-        default="1",
-        metadata={
-            "help": "Chunks whose graph is kept from the first pass, so that they need no second forward: a number, "
-            "'all', or 'auto': as many as the memory budget allows."
-        },
+    retain: str = option(
+        "1",
+        "Chunks whose graph is kept from the first pass, so that they need no second forward: a number, 'all', or "
+        "'auto': as many as the memory budget allows.",
     )
-    memory_budget: float | None = field(
-        default=None,
-        metadata={
-            "help": "What 'auto' may use: bytes, or up to 1 a fraction of the device's memory; needed on the CPU with "
-            "retain='auto'. By default most of a device."
-        },
+    memory_budget: float | None = option(
+        None,
+        "What 'auto' may use: bytes, or up to 1 a fraction of the device's memory; needed on the CPU with "
+        "retain='auto'. By default most of a device.",
     )
-    forward_chunk_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Samples of a call of the first pass, where it draws no random numbers; by default a chunk, and "
-            "four of them on an accelerator (one with gradient checkpointing)."
-        },
+    forward_chunk_size: int | None = option(
+        None,
+        "Samples of a call of the first pass, where it draws no random numbers; by default a chunk, and four of them "
+        "on an accelerator (one with gradient checkpointing).",
     )
-    batch_norm: str = field(
-        default="error",
-        metadata={
-            "help": "What to do about BatchNorm in training mode: 'error', 'frozen' (running statistics) or 'ghost' "
-            "(each chunk its own).",
-            "choices": ["error", "frozen", "ghost"],
-        },
+    batch_norm: str = option(
+        "error",
+        "What to do about BatchNorm in training mode: 'error', 'frozen' (running statistics) or 'ghost' (each chunk "
+        "its own).",
+        choices=["error", "frozen", "ghost"],
     )
-    sort_by_length: bool = field(
-        default=True,
-        metadata={"help": "Sort the texts of a batch by length, to trim chunks. Never the result."},
+    sort_by_length: bool = option(
+        True, "Sort the texts of a batch by length, to trim chunks. Never the result."
     )
-    chunk_tokens: int | None = field(
-        default=None,
-        metadata={
-            "help": "Text tokens, padding included, that a chunk has at most; beside chunk_size. Never the result."
-        },
+    chunk_tokens: int | None = option(
+        None, "Text tokens, padding included, that a chunk has at most; beside chunk_size. Never the result."
     )
-    shuffle_buffer: int = field(
-        default=5000,
-        metadata={"help": "Rows of a stream that are kept, undecoded, to be shuffled among themselves."},
+    shuffle_buffer: int = option(
+        5000, "Rows of a stream that are kept, undecoded, to be shuffled among themselves."
     )
-    check_equivalence: bool = field(
-        default=False,
-        metadata={
-            "help": "Compare a cached with a direct step on the first batch, which then has to fit in memory; print "
-            "the report and write it to the output folder."
-        },
+    check_equivalence: bool = option(
+        False,
+        "Compare a cached with a direct step on the first batch, which then has to fit in memory; print the report and "
+        "write it to the output folder.",
     )
-    precompute_frozen: bool = field(
-        default=False,
-        metadata={
-            "help": "Encode the images (or texts) of a frozen tower once, before training, into the output folder; "
-            "steps then neither open them nor run that tower. For data that are the same in every epoch."
-        },
+    precompute_frozen: bool = option(
+        False,
+        "Encode the images (or texts) of a frozen tower once, before training, into the output folder; steps then "
+        "neither open them nor run that tower. For data that are the same in every epoch.",
     )
-    logging_steps: float = field(default=10, metadata={"help": "Steps (or a fraction of all) between logs."})
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay False: the collator reads raw samples, not model inputs."}
+    logging_steps: float = option(10, "Steps (or a fraction of all) between logs.")
+    remove_unused_columns: bool = option(
+        False, "Must stay False: the collator reads raw samples, not model inputs."
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.chunk_size, self.retain = str(self.chunk_size), str(self.retain)
-        refused = {
-            "auto_find_batch_size": (
-                self.auto_find_batch_size,
-                "it changes the loss; lower chunk_size",
-            ),
-            "remove_unused_columns": (self.remove_unused_columns, "the collator reads the raw samples"),
-            "ddp_static_graph": (bool(self.ddp_static_graph), "a step calls the model in several ways"),
-            "label_smoothing_factor": (
-                self.label_smoothing_factor != 0,
-                "no contrastive loss has a use for it",
-            ),
+        self._refuse_what_breaks_a_step()
+        self._refuse_what_is_out_of_range()
+
+    def _refuse_what_breaks_a_step(self) -> None:
+        reasons = {
+            "auto_find_batch_size": "it changes the loss; lower chunk_size",
+            "remove_unused_columns": "the collator reads the raw samples",
+            "ddp_static_graph": "a step calls the model in several ways",
+            "label_smoothing_factor": "no contrastive loss has a use for it",
         }
-        for name, (wrong, reason) in refused.items():
-            if wrong:
+        for name, reason in reasons.items():
+            if getattr(self, name):
                 raise ValueError(f"expected {name} to be off, got {getattr(self, name)}: {reason}")
+
+    def _refuse_what_is_out_of_range(self) -> None:
         is_size = self.chunk_size.isdecimal() and int(self.chunk_size) > 0
         if not (is_size or self.chunk_size == "auto") or self.per_device_train_batch_size < 1:
             raise ValueError(

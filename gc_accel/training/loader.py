@@ -1,6 +1,6 @@
-"""From arguments to the loader that training reads: of a map-style data set, or of a stream."""
+"""The loader that training reads, made from the arguments: of a map-style data set, or of a stream."""
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,27 +14,24 @@ from gc_accel.training.arguments import CachedContrastiveArguments
 def training_loader(
     dataset: Any, collator: Any, args: CachedContrastiveArguments, chunk_size: int
 ) -> ChunkedLoader:
-    """Batches for the trainer: as many per epoch as `drop_last` leaves of a data set, or `max_steps` of a stream.
+    """A loader for the trainer, of as many batches as `drop_last` leaves of a data set, or `max_steps` of a stream.
 
     Args:
-        dataset: with `texts`, by which a batch can be sorted, if it has some.
-        collator: with `token_lengths`, if chunks are bounded in tokens.
+        dataset: has `texts`, if a batch can be sorted by their lengths.
+        collator: has `token_lengths`, if chunks are bounded in tokens.
+        args: of the run.
         chunk_size: samples of a chunk.
 
     Raises:
         ValueError: the data set does not fill a global batch, or is a stream that nobody decodes.
     """
-    texts = getattr(dataset, "texts", None) if args.sort_by_length else None
-    lengths = None if texts is None else partial(_in_characters, texts)
-    if texts is not None and args.chunk_tokens is not None:
-        lengths = partial(_in_tokens, texts, collator)
     planned: dict[str, Any] = {
         "batch_size": args.per_device_train_batch_size,
         "chunk_size": _samples_per_load(args, chunk_size),
         "rank": args.process_index,
         "world_size": args.world_size,
         "seed": args.seed if args.data_seed is None else args.data_seed,
-        "lengths": lengths,
+        "lengths": _lengths_of(dataset, collator, args),
         "chunk_tokens": args.chunk_tokens,
     }
     workers = args.dataloader_num_workers
@@ -53,17 +50,20 @@ def training_loader(
 
 
 def _samples_per_load(args: CachedContrastiveArguments, chunk_size: int) -> int:
-    """What is loaded at once: as many whole chunks as may go into a call of the first pass."""
+    """How many samples are loaded at once: as many whole chunks as may go into a call of the first pass."""
     if args.chunk_tokens is not None:
         return chunk_size
     on_host, checkpoints = args.device.type == "cpu", args.gradient_checkpointing
     return samples_of_a_call(chunk_size, args.forward_chunk_size, on_host=on_host, checkpoints=checkpoints)
 
 
-def _in_characters(texts: Any, indices: list[Any]) -> list[int]:
-    """Lengths of some samples, counted faster than in tokens."""
-    return [len(text) for text in texts(indices)]
-
-
-def _in_tokens(texts: Any, collator: Any, indices: list[Any]) -> list[int]:
-    return collator.token_lengths(texts(indices))
+def _lengths_of(
+    dataset: Any, collator: Any, args: CachedContrastiveArguments
+) -> Callable[[list[Any]], list[int]] | None:
+    """From samples to the lengths of their texts, None if batches are not sorted by them."""
+    texts = getattr(dataset, "texts", None) if args.sort_by_length else None
+    if texts is None:
+        return None
+    if args.chunk_tokens is None:  # characters are counted faster than tokens
+        return lambda samples: [len(text) for text in texts(samples)]
+    return lambda samples: collator.token_lengths(texts(samples))

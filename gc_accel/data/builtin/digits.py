@@ -15,7 +15,7 @@ class HandwrittenDigits(torch.utils.data.Dataset[dict[str, Any]]):
 
     Args:
         split: "train" or "test".
-        seed: which scans are for testing, for results over several splits.
+        seed: decides which scans are for testing, for results over several splits.
         image_size: S; the 8 x 8 scans are enlarged to it, bilinearly.
 
     Raises:

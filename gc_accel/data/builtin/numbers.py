@@ -16,48 +16,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.processors import TemplateProcessing
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPProcessor, PreTrainedTokenizerFast
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPProcessor
 
 from gc_accel.data.builtin.scans import SCAN, Split, check_split, load_scans
+from gc_accel.data.builtin.words import WORDS, number_in_words, word_tokenizer
 
 TEMPLATE = "a photo of the number {}"
-WORDS = """
-    zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-    seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand
-"""
-ONES, TENS = WORDS.split()[:20], WORDS.split()[20:28]
-
 # HF CLIP pools its text tower at the highest token id when eos_token_id is 2, so <end> must not be number 2.
 SPECIAL = ("<pad>", "<start>", "<unk>", "<end>")
 INITIAL_SCALE = 40.0
 MAX_TOKENS = 16  # the longest caption of four digits has 15 tokens, <start> and <end> included
 
 
-def number_in_words(n: int) -> str:
-    """English words for 0 to 9999, with the British "and": 3005 is "three thousand and five".
-
-    Raises:
-        ValueError: ``n`` is out of range.
-    """
-    if not 0 <= n <= 9999:
-        raise ValueError(f"expected a number from 0 to 9999, got {n}")
-    if n < 20:
-        return ONES[n]
-    if n < 100:
-        tens, ones = divmod(n, 10)
-        return TENS[tens - 2] + (f"-{ONES[ones]}" if ones else "")
-    size, unit = (1000, "thousand") if n >= 1000 else (100, "hundred")
-    head, rest = divmod(n, size)
-    joint = " and " if rest < 100 else " "
-    return f"{ONES[head]} {unit}" + (joint + number_in_words(rest) if rest else "")
-
-
 def all_captions(digits: int = 4) -> tuple[list[int], list[str]]:
-    """All numbers of ``digits`` digits and their captions, the candidates of a zero-shot evaluation."""
+    """All numbers of ``digits`` digits with their captions, which are the candidates of a zero-shot evaluation."""
     numbers = list(range(10 ** (digits - 1), 10**digits))
     return numbers, [TEMPLATE.format(number_in_words(n)) for n in numbers]
 
@@ -79,13 +52,7 @@ class HandwrittenNumbers(torch.utils.data.Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self,
-        split: Split,
-        *,
-        size: int,
-        digits: int = 4,
-        seed: int = 0,
-        image_size: int = 32,
+        self, split: Split, *, size: int, digits: int = 4, seed: int = 0, image_size: int = 32
     ) -> None:
         check_split(split)
         if digits not in (3, 4):
@@ -97,7 +64,7 @@ class HandwrittenNumbers(torch.utils.data.Dataset[dict[str, Any]]):
         self.numbers = _draw_numbers(split, size, digits, rngs[0])
         scans = _draw_scans(split, self.numbers, digits, rngs[1])
         self.pixels = _compose(scans, image_size, rngs[2])
-        self.parts = frozenset({"image", "text"})  # of an item
+        self.modalities = frozenset({"image", "text"})  # those that an item has
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -105,25 +72,25 @@ class HandwrittenNumbers(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         number = int(self.numbers[index])
         item: dict[str, Any] = {"label": number}
-        if "image" in self.parts:
+        if "image" in self.modalities:
             item["image"] = torch.from_numpy(self.pixels[index]).repeat(3, 1, 1)
-        if "text" in self.parts:
+        if "text" in self.modalities:
             item["text"] = TEMPLATE.format(number_in_words(number))
         return item
 
     def texts(self, indices: list[int]) -> list[str]:
-        """Captions alone."""
+        """The captions of some samples; no image is made."""
         return [TEMPLATE.format(number_in_words(int(number))) for number in self.numbers[indices]]
 
-    def without(self, part: str) -> "HandwrittenNumbers":
+    def without(self, modality: str) -> "HandwrittenNumbers":
         """The same samples without their "image" or their "text"."""
         rest = copy(self)
-        rest.parts = self.parts - {part}
+        rest.modalities = self.modalities - {modality}
         return rest
 
-    def fingerprint(self, part: str) -> str:
-        """Of all images or of all texts."""
-        return sha256((self.pixels if part == "image" else self.numbers).tobytes()).hexdigest()
+    def fingerprint(self, modality: str) -> str:
+        """A string that tells all images or all texts from others."""
+        return sha256((self.pixels if modality == "image" else self.numbers).tobytes()).hexdigest()
 
 
 def _draw_numbers(split: str, size: int, digits: int, rng: np.random.Generator) -> np.ndarray:
@@ -138,7 +105,7 @@ def _draw_numbers(split: str, size: int, digits: int, rng: np.random.Generator) 
 
 
 def _draw_scans(split: Split, numbers: np.ndarray, digits: int, rng: np.random.Generator) -> np.ndarray:
-    """One scan of the split for every digit of every number: uint8 ``(N, digits, 8, 8)``."""
+    """Draw one scan of the split for every digit of every number: uint8 ``(N, digits, 8, 8)``."""
     scans, labels = load_scans(split)
     order = np.argsort(labels, kind="stable")
     count = np.bincount(labels, minlength=10)
@@ -150,7 +117,7 @@ def _draw_scans(split: Split, numbers: np.ndarray, digits: int, rng: np.random.G
 
 
 def _compose(scans: np.ndarray, image_size: int, rng: np.random.Generator) -> np.ndarray:
-    """Scans ``(N, digits, 8, 8)`` side by side on black ``(N, S, S)``, each number on one of S / 8 lines."""
+    """Set scans ``(N, digits, 8, 8)`` side by side on black ``(N, S, S)``, each number on one of S / 8 lines."""
     n, digits = scans.shape[:2]
     rows = SCAN * rng.integers(0, image_size // SCAN, size=(n, 1)) + np.arange(SCAN)
     left = (image_size - SCAN * digits) // 2
@@ -162,34 +129,19 @@ def _compose(scans: np.ndarray, image_size: int, rng: np.random.Generator) -> np
 
 
 def numbers_processor(*, image_size: int = 32) -> CLIPProcessor:
-    """The processor of this data set, built in code: one token per word, images normalised to -1 .. 1."""
+    """Build the processor of this data set: one token per word, images normalised to -1 .. 1."""
     words = [*SPECIAL, *TEMPLATE.format("").split(), *WORDS.split(), "and", "-"]
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    ends = [(word, words.index(word)) for word in ("<start>", "<end>")]
-    tokenizer.post_processor = TemplateProcessing(single="<start> $A <end>", special_tokens=ends)
-    return CLIPProcessor(
-        CLIPImageProcessor(
-            size={"shortest_edge": image_size},
-            crop_size={"height": image_size, "width": image_size},
-            image_mean=[0.5] * 3,
-            image_std=[0.5] * 3,
-        ),
-        PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            bos_token="<start>",
-            eos_token="<end>",
-            pad_token="<pad>",
-            unk_token="<unk>",
-            padding_side="right",
-            model_max_length=MAX_TOKENS,
-            model_input_names=["input_ids", "attention_mask"],
-        ),
+    image_processor = CLIPImageProcessor(
+        size={"shortest_edge": image_size},
+        crop_size={"height": image_size, "width": image_size},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
     )
+    return CLIPProcessor(image_processor, word_tokenizer(words, Whitespace(), MAX_TOKENS))
 
 
 def numbers_config(*, image_size: int = 32, width: int = 128, layers: int = 2, heads: int = 8) -> CLIPConfig:
-    """A small CLIP for this data set: two towers of one depth, 8 x 8 patches.
+    """Configure a small CLIP for this data set: two towers of one depth, 8 x 8 patches.
 
     The text tower has half the width of the image tower: words are the easier side. The logit scale begins at
     40 rather than CLIP's 14.3: in a few hundred steps it would not get there, and numbers that differ in one

@@ -16,35 +16,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Digits, Sequence, Whitespace
-from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, PreTrainedTokenizerFast
 
-from gc_accel.data.builtin.numbers import WORDS, number_in_words
 from gc_accel.data.builtin.scans import Split, check_split
+from gc_accel.data.builtin.words import WORDS, number_in_words, word_tokenizer
 
 NUMBERS = 10_000
 HELD_OUT = NUMBERS // 10
-QUESTIONS = {
-    "what is {}": 0,
-    "what comes after {}": 1,
-    "what comes before {}": -1,
-}  # answer minus what is named
+# The answer minus the number that is named, by the form of a question.
+QUESTIONS = {"what is {}": 0, "what comes after {}": 1, "what comes before {}": -1}
 NEAR = np.array([1, 2, 10, 100, 1000])  # a hard negative differs from the answer by one of these
-SENTENCE = "what is comes after before odd even and -"  # words that are no numbers
+SENTENCE = "what is comes after before odd even and -"  # the words that are no numbers
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")
 MAX_TOKENS = 24
 
 
 def passage(number: int) -> str:
-    """What the corpus says about a number."""
+    """The passage about a number."""
     return f"{number_in_words(number)} is {'odd' if number % 2 else 'even'}"
 
 
 def question(answer: int, form: str, *, in_words: bool) -> str:
-    """A question of one of the forms, answered by `answer`."""
+    """A question of one of the forms in `QUESTIONS` that `answer` answers."""
     named = answer - QUESTIONS[form]
     return form.format(number_in_words(named) if in_words else named)
 
@@ -110,25 +104,13 @@ class NumberPassages(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 def passages_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer of this data, built in code: one token per word and per digit."""
+    """Build the tokenizer of this data: one token per word and per digit."""
     words = [*SPECIAL, *SENTENCE.split(), *WORDS.split(), *"0123456789"]
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Sequence([Whitespace(), Digits(individual_digits=True)])
-    ends = [(word, words.index(word)) for word in ("<start>", "<end>")]
-    tokenizer.post_processor = TemplateProcessing(single="<start> $A <end>", special_tokens=ends)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<start>",
-        eos_token="<end>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        model_max_length=MAX_TOKENS,
-        model_input_names=["input_ids", "attention_mask"],
-    )
+    return word_tokenizer(words, Sequence([Whitespace(), Digits(individual_digits=True)]), MAX_TOKENS)
 
 
 def passages_config(*, width: int = 64, layers: int = 2, heads: int = 4) -> BertConfig:
-    """A BERT small enough to be trained on one core, and without dropout, as it sees each question once or twice."""
+    """Configure a BERT that one core can train, without dropout, as it sees each question only once or twice."""
     tokenizer = passages_tokenizer()
     return BertConfig(
         vocab_size=len(tokenizer),

@@ -14,13 +14,17 @@ SCAN = 8  # pixels per side
 
 
 def check_split(split: str) -> None:
-    """Raises ValueError for anything else than "train" and "test"."""
+    """Check the name of a split.
+
+    Raises:
+        ValueError: it is neither "train" nor "test".
+    """
     if split not in ("train", "test"):
         raise ValueError(f"expected split 'train' or 'test', got {split!r}")
 
 
 def load_scans(split: Split, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """The scans of a split and the digits they show: uint8 ``(N, 8, 8)`` and int64 ``(N,)``.
+    """Load the scans of a split and the digits they show: uint8 ``(N, 8, 8)`` and int64 ``(N,)``.
 
     Of every digit 80 % are for training and 20 % for testing; ``seed`` decides which.
 

@@ -16,19 +16,26 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from gc_accel.data.loading.plan import Plan
-
-Chunk = Any
+from gc_accel.data.loading.plan import ChunkPlan
 
 
-class _ChunkSampler:
-    """The plan as a batch sampler: iterated anew whenever reading starts at another batch."""
+class ChunkSampler:
+    """A plan as a batch sampler, which is iterated anew whenever reading starts at another batch.
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    Attributes:
+        first: the batch at which the next iteration starts.
+        counts: how many chunks each batch has that was cut in this iteration; 0 for those before `first`.
+    """
+
+    def __init__(self, plan: ChunkPlan) -> None:
+        self.plan, self.first = plan, 0
+        self.counts: list[int] = []
 
     def __iter__(self) -> Iterator[list[Any]]:
-        return self.plan.chunks()
+        self.counts = counts = []
+        for chunks in self.plan.batches_of_chunks(self.first):
+            counts.append(len(chunks))
+            yield from chunks
 
 
 class ChunkedBatch:
@@ -37,16 +44,16 @@ class ChunkedBatch:
     def __init__(self, batches: "Batches", index: int) -> None:
         self.batches, self.index = batches, index
 
-    def __iter__(self) -> Iterator[Chunk]:
+    def __iter__(self) -> Iterator[Any]:
         return self.batches.read(self.index)
 
 
 class Batches(IterableDataset):
     """One handle per batch of the epoch, all over the same chunk loader."""
 
-    def __init__(self, chunk_loader: DataLoader, plan: Plan) -> None:
-        self.chunk_loader, self.plan = chunk_loader, plan
-        self.chunks: Iterator[Chunk] = iter(())
+    def __init__(self, chunk_loader: DataLoader, sampler: ChunkSampler) -> None:
+        self.chunk_loader, self.sampler, self.plan = chunk_loader, sampler, sampler.plan
+        self.chunks: Iterator[Any] = iter(())
         self.next_batch: int | None = None  # the one that `chunks` continues with
 
     def __len__(self) -> int:
@@ -64,13 +71,16 @@ class Batches(IterableDataset):
         if set_epoch is not None:
             set_epoch(epoch)
 
-    def read(self, index: int) -> Iterator[Chunk]:
-        """The chunks of one batch, loaded as they are read."""
-        first = self._first_chunk(index)
+    def read(self, index: int) -> Iterator[Any]:
+        """Load the chunks of one batch as they are read.
+
+        Raises:
+            ValueError: every sample of the batch was left out.
+        """
+        chunks = self._open(index)
         self.next_batch = None
-        rest = islice(self.chunks, self.plan.counts[index] - 1)  # which is known once the first is fetched
         empty = True
-        for chunk in chain([first], rest):
+        for chunk in chunks:
             if chunk is not None:  # None: every sample of it was left out
                 empty = False
                 yield chunk
@@ -80,25 +90,35 @@ class Batches(IterableDataset):
             )
         self.next_batch = index + 1
         if self.next_batch == len(self):
-            self.chunks = iter(
-                ()
-            )  # workers that are let go here stop at once, those of garbage after seconds
+            # Workers stop at once when they are let go here, and only after seconds as garbage.
+            self.chunks = iter(())
 
-    def _first_chunk(self, index: int) -> Chunk:
+    def _open(self, index: int) -> Iterator[Any]:
+        """Load the first chunk of a batch, and return an iterator over all of them."""
         if index != self.next_batch:
-            self.plan.first = index
-            self.chunks = iter(self.chunk_loader)
-        return next(self.chunks)
+            self._restart(index)
+        return self._with_rest(next(self.chunks), index)
+
+    def _restart(self, first: int) -> None:
+        self.sampler.first = first
+        self.chunks = iter(self.chunk_loader)
+
+    def _with_rest(self, chunk: Any, batch: int) -> Iterator[Any]:
+        """The first chunk of a batch, and the others as they are loaded; `batch` counts from the epoch's beginning."""
+        return chain([chunk], islice(self.chunks, self.sampler.counts[batch] - 1))
 
 
 class ChunkedLoader(DataLoader):
     """Iterates over the batches of an epoch, each a lazy sequence of chunks on the host.
 
     Args:
-        dataset: map-style; its `set_epoch` is called along, if it has one.
-        plan: which samples go where.
+        dataset: a map-style data set, whose `set_epoch` is called too if it has one.
+        plan: which samples go into which chunk of which batch.
         collate_fn: from a list of samples to a chunk, or to None to leave the chunk out.
-        num_workers, pin_memory, prefetch_factor, persistent_workers: of the chunk loader, as in torch.
+        num_workers, pin_memory, prefetch_factor, persistent_workers: options of the chunk loader, as in torch.
+
+    Raises:
+        ValueError: while a batch is read of which every sample is left out.
 
     Example:
         >>> loader = ChunkedLoader(dataset, BatchPlan(len(dataset), 1024, 64), collator, num_workers=4)
@@ -111,8 +131,8 @@ class ChunkedLoader(DataLoader):
     def __init__(
         self,
         dataset: Dataset,
-        plan: Plan,
-        collate_fn: Callable[[Sequence[Any]], Chunk],
+        plan: ChunkPlan,
+        collate_fn: Callable[[Sequence[Any]], Any],
         *,
         num_workers: int = 0,
         pin_memory: bool = False,
@@ -120,35 +140,39 @@ class ChunkedLoader(DataLoader):
         persistent_workers: bool = False,
     ) -> None:
         self.samples, self.plan, self.collate = dataset, plan, collate_fn
-        self.draws = torch.Generator()  # of the workers' seeds, apart from the one that dropout uses
+        generator = torch.Generator()  # draws the workers' seeds, apart from the one that dropout uses
+        sampler = ChunkSampler(plan)
         chunk_loader = DataLoader(
             dataset,
-            batch_sampler=_ChunkSampler(plan),
+            batch_sampler=sampler,
             collate_fn=collate_fn,
             num_workers=num_workers,
             pin_memory=pin_memory,
             prefetch_factor=prefetch_factor,
             persistent_workers=persistent_workers,
-            generator=self.draws,
+            generator=generator,
         )
-        self.batches = self._batches(chunk_loader)
-        super().__init__(self.batches, batch_size=None, generator=self.draws)
+        self.batches = self._make_batches(chunk_loader, sampler)
+        super().__init__(self.batches, batch_size=None, generator=generator)
 
-    def _batches(self, chunk_loader: DataLoader) -> Batches:
-        return Batches(chunk_loader, self.plan)
+    def _make_batches(self, chunk_loader: DataLoader, sampler: ChunkSampler) -> Batches:
+        return Batches(chunk_loader, sampler)
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the order, and what the data set draws by itself, for this epoch."""
         self.batches.set_epoch(epoch)
 
-    def longest_chunk(self) -> Chunk | None:
-        """A chunk to measure memory with, of a loader that nobody reads: of those of the first batch the last, which
-        has the longest texts if they are sorted; None if no sample of that batch can be read.
+    def longest_chunk(self) -> Any | None:
+        """Load a chunk to measure memory with: the last one of the first batch that has a sample.
 
-        No other chunk is loaded and no worker started, and ranks need not be in step.
+        The last chunk has the longest texts if they are sorted. No other chunk is loaded and no worker started, and
+        ranks need not be in step. The loader must not be in use.
+
+        Returns:
+            the chunk, or None if no sample of the first batch can be read.
         """
-        for indices in reversed(self.plan.first_batch()):
-            chunk = self.collate([self.samples[index] for index in indices])
+        for samples in reversed(next(self.plan.batches_of_chunks(), [])):
+            chunk = self.collate([self.samples[sample] for sample in samples])
             if chunk is not None:
                 return chunk
         return None

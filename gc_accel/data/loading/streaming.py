@@ -19,6 +19,7 @@ is known how many batches they had, as it is from a checkpoint.
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 from itertools import accumulate, chain
 from typing import Any
 
@@ -27,15 +28,16 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, Dataset
 
-from gc_accel.data.loading.loader import Batches, Chunk, ChunkedLoader
-from gc_accel.data.loading.plan import Plan
-from gc_accel.data.sources.rows import BLOCK, Blocks, StreamedRow
+from gc_accel.data.loading.loader import Batches, ChunkedLoader, ChunkSampler
+from gc_accel.data.loading.plan import ChunkPlan
+from gc_accel.data.sources.rows import GROUP_SIZE, RowGroups, StreamedRow
 from gc_accel.distributed.collectives import lowest
 
-END = object()
+END_OF_PASS = object()
 
 
-class StreamPlan(Plan):
+@dataclass(eq=False)
+class StreamPlan(ChunkPlan):
     """Which rows of a stream go into which chunk of which batch.
 
     Args:
@@ -43,65 +45,52 @@ class StreamPlan(Plan):
         batch_size: samples of one batch on one rank.
         chunk_size: samples of one chunk.
         batches: how many to make, over as many passes as it takes.
-        rank, world_size: this process, and the number of processes.
-        seed: of the order, which is another one in every pass.
         shuffle_buffer: rows that are shuffled among themselves, and kept in memory; 0 leaves the order as it is.
-        lengths, chunk_tokens: as for `BatchPlan`; `lengths` gets a list of `StreamedRow`.
         read_ahead: read the rows of the next batch in a process of its own.
+        rank, world_size, seed, lengths, chunk_tokens: see `PlanOptions`; `lengths` gets a list of `StreamedRow`.
+
+    Attributes:
+        epoch: number of the current pass.
+        passes: how many batches each finished pass had, on every rank.
 
     Raises:
-        ValueError: `batches` is not positive, as a stream has no length of its own.
+        ValueError: `batches` is not positive, as a stream has no length of its own; chunks have no sample, or tokens
+            are bounded and lengths unknown.
     """
 
-    def __init__(
-        self,
-        stream: datasets.IterableDataset,
-        batch_size: int,
-        chunk_size: int,
-        *,
-        batches: int,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
-        shuffle_buffer: int = 5000,
-        lengths: Callable[[list[StreamedRow]], Sequence[int]] | None = None,
-        chunk_tokens: int | None = None,
-        read_ahead: bool = False,
-    ) -> None:
-        super().__init__(
-            batch_size,
-            chunk_size,
-            rank=rank,
-            world_size=world_size,
-            seed=seed,
-            lengths=lengths,
-            chunk_tokens=chunk_tokens,
-        )
-        if batches < 1:
-            raise ValueError(f"expected the number of batches, as a stream has no length, got {batches}")
-        shuffled = stream.shuffle(seed=seed, buffer_size=shuffle_buffer) if shuffle_buffer > 1 else stream
-        self.share = split_dataset_by_node(shuffled, rank, world_size)
-        self.batches, self.read_ahead = batches, read_ahead
-        self.size = batches * batch_size * world_size
-        self.passes: list[int] = []  # how many batches each finished pass had, on every rank
-        self.start = 0  # batches before this pass
-        self.found = 0  # batches that this rank has found in this pass
+    stream: datasets.IterableDataset
+    batch_size: int
+    chunk_size: int
+    _: KW_ONLY
+    batches: int
+    shuffle_buffer: int = 5000
+    read_ahead: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batches < 1:
+            raise ValueError(f"expected the number of batches, as a stream has no length, got {self.batches}")
+        stream = self.stream
+        if self.shuffle_buffer > 1:
+            stream = stream.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
+        self.share = split_dataset_by_node(stream, self.rank, self.world_size)
+        self.size = self.batches * self.batch_size * self.world_size
+        self.passes: list[int] = []
 
     def __len__(self) -> int:
         return self.batches
 
-    def seek(self, batch: int) -> None:
-        """Go to a batch, in the first pass that may have it."""
-        ends = list(accumulate(self.passes, initial=0))
-        self.epoch = bisect_right(ends, batch) - 1
-        self.start = ends[self.epoch]
-        self.first = batch - self.start
+    def locate(self, batch: int) -> tuple[int, int]:
+        """Find the first pass that may have a batch, and how many batches there are before that pass."""
+        starts = list(accumulate(self.passes, initial=0))
+        number = bisect_right(starts, batch) - 1
+        return number, starts[number]
 
     def end_pass(self, batches: int) -> None:
-        """Note that there are no more batches in this pass than that.
+        """Note that the current pass has no more than this many batches.
 
         Raises:
-            ValueError: there is not one.
+            ValueError: it has not one.
         """
         if batches == 0:
             raise ValueError(
@@ -110,53 +99,52 @@ class StreamPlan(Plan):
             )
         self.passes[self.epoch :] = [batches]
 
-    def chunks(self) -> Iterator[list[StreamedRow]]:
-        """Rows of every chunk of this rank, from batch `first` of this pass to the end of the pass."""
-        own: list[StreamedRow] = []
-        self.found = 0
-        for count, row in enumerate(chain.from_iterable(self._reader())):
-            own.append(StreamedRow(count * self.world_size + self.rank, row))
-            if len(own) == self.batch_size:
-                self.found += 1
-                if self.found > self.first:
-                    cut = self.cut(own)
-                    self.counts[self.start + self.found - 1] = len(cut)
-                    yield from cut
-                own = []
+    def batches_of_chunks(self, first: int = 0) -> Iterator[list[list[StreamedRow]]]:
+        """The chunks of this rank batch by batch, to the end of the pass; no chunks for batches before `first`."""
+        rows: list[StreamedRow] = []
+        for count, row in enumerate(chain.from_iterable(self._reader(first)), 1):
+            rows.append(StreamedRow((count - 1) * self.world_size + self.rank, row))
+            if len(rows) == self.batch_size:
+                yield self.cut(rows) if count > first * self.batch_size else []
+                rows = []
 
-    def _reader(self) -> DataLoader:
+    def _reader(self, first: int) -> DataLoader:
         self.share.set_epoch(self.epoch)
         return DataLoader(
-            Blocks(self.share, skip=self.first * self.batch_size),
+            RowGroups(self.share, skip=first * self.batch_size),
             batch_size=None,
-            collate_fn=_as_it_is,
+            collate_fn=list,  # leaves rows as they are
             num_workers=int(self.read_ahead),
-            prefetch_factor=2 + self.batch_size // BLOCK if self.read_ahead else None,
-            generator=torch.Generator(),  # of the worker's seed, apart from the one that dropout uses
+            prefetch_factor=2 + self.batch_size // GROUP_SIZE if self.read_ahead else None,
+            generator=torch.Generator(),  # draws the worker's seed, apart from the one that dropout uses
         )
 
 
 class _StreamBatches(Batches):
     """Handles of batches, each read from the pass that has it."""
 
-    def __init__(self, chunk_loader: DataLoader, plan: StreamPlan, device: torch.device) -> None:
-        super().__init__(chunk_loader, plan)
-        self.stream_plan, self.device = plan, device
+    plan: StreamPlan
 
-    def _first_chunk(self, index: int) -> Chunk:
-        """Once every rank has one; so all ranks have to begin a batch at the same time."""
-        plan, in_place = self.stream_plan, index == self.next_batch
+    def __init__(self, chunk_loader: DataLoader, sampler: ChunkSampler, device: torch.device) -> None:
+        super().__init__(chunk_loader, sampler)
+        self.device = device
+        self.pass_start = 0  # batches before the current pass
+
+    def _open(self, index: int) -> Iterator[Any]:
+        """Wait until every rank has loaded the first chunk; so all ranks have to begin a batch at the same time."""
+        in_place = index == self.next_batch
         while True:
             if not in_place:
-                plan.seek(index)
-                self.set_epoch(plan.epoch)
-                self.chunks = iter(self.chunk_loader)
-            chunk = next(self.chunks, END)
-            wanted = index - plan.start + 1
-            (common,) = lowest([plan.found if chunk is END else wanted], self.device)
-            if common == wanted:
-                return chunk
-            plan.end_pass(int(common))
+                epoch, self.pass_start = self.plan.locate(index)
+                self.set_epoch(epoch)
+                self._restart(index - self.pass_start)
+            place = index - self.pass_start  # of the batch in its pass
+            chunk = next(self.chunks, END_OF_PASS)
+            batches = len(self.sampler.counts) if chunk is END_OF_PASS else place + 1
+            (common,) = lowest([batches], self.device)
+            if common == place + 1:
+                return self._with_rest(chunk, place)
+            self.plan.end_pass(int(common))
             in_place = False
 
 
@@ -167,11 +155,14 @@ class StreamLoader(ChunkedLoader):
     here, and `set_epoch` of the data set is called for each.
 
     Args:
-        dataset: indexed by `StreamedRow`, such as an `ImageTextDataset` over a stream.
-        plan: which rows go where.
+        dataset: a data set that is indexed by `StreamedRow`, such as an `ImageTextDataset` over a stream.
+        plan: which rows go into which chunk of which batch.
         collate_fn: from a list of samples to a chunk, or to None to leave the chunk out.
-        device: of the process group.
-        options: `num_workers` and others of the chunk loader, as for `ChunkedLoader`.
+        device: where the process group communicates.
+        options: `num_workers` and other options of the chunk loader, as for `ChunkedLoader`.
+
+    Raises:
+        ValueError: while a batch is read of which every sample is left out, or of a stream that has none.
 
     Example:
         >>> dataset = ImageTextDataset(load_image_text("shards/", "train", streaming=True), image_column="jpg")
@@ -186,7 +177,7 @@ class StreamLoader(ChunkedLoader):
         self,
         dataset: Dataset,
         plan: StreamPlan,
-        collate_fn: Callable[[Sequence[Any]], Chunk],
+        collate_fn: Callable[[Sequence[Any]], Any],
         *,
         device: torch.device | str = "cpu",
         **options: Any,
@@ -194,20 +185,16 @@ class StreamLoader(ChunkedLoader):
         self.device = torch.device(device)
         super().__init__(dataset, plan, collate_fn, **options)
 
-    def _batches(self, chunk_loader: DataLoader) -> Batches:
-        return _StreamBatches(chunk_loader, self.plan, self.device)
+    def _make_batches(self, chunk_loader: DataLoader, sampler: ChunkSampler) -> Batches:
+        return _StreamBatches(chunk_loader, sampler, self.device)
 
     def set_epoch(self, epoch: int) -> None:
-        """There is one epoch, number 0, of `len(self)` batches.
+        """Accept the one epoch that there is, number 0, of `len(self)` batches.
 
         Raises:
-            ValueError: for another one.
+            ValueError: the epoch is another one.
         """
         if epoch:
             raise ValueError(
                 f"expected a stream to be read in one epoch, got epoch {epoch}: ask for more batches"
             )
-
-
-def _as_it_is(rows: Any) -> Any:
-    return rows

@@ -1,4 +1,4 @@
-"""Where data of one's own comes from: folders, tables, shards, the hub."""
+"""Sources of data of one's own: folders, tables, shards, the hub."""
 
 from gc_accel.data.sources.image_text import load_image_text
 

@@ -1,4 +1,4 @@
-"""Where image-text data comes from: a folder, a file, several of them, or the hub; to be loaded or streamed."""
+"""Image-text data is found in a folder, a file, several of them, or on the hub, and is loaded or streamed."""
 
 from collections.abc import Iterable
 from glob import glob
@@ -17,7 +17,7 @@ BUILDERS = {
 }
 END_OF_TAR = bytes(1024)
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # gzip, bzip2, xz
-Rows = Any  # datasets.Dataset or datasets.IterableDataset
+HFDataset = Any  # datasets.Dataset or datasets.IterableDataset
 
 
 def load_image_text(
@@ -27,7 +27,7 @@ def load_image_text(
     name: str | None = None,
     image_column: str = "image",
     streaming: bool = False,
-) -> Rows:
+) -> HFDataset:
     """Load one split of an image-text data set.
 
     Args:
@@ -37,7 +37,7 @@ def load_image_text(
             relative image paths count; or the name of a data set on the Hugging Face hub.
         split: such as "train" or "train[:1%]". A single file is the split that is asked for.
         name: the configuration, for a data set that has several.
-        image_column: where a file keeps its image paths.
+        image_column: the column in which a file keeps its image paths.
         streaming: read rows as they are needed, images undecoded, without a copy on disk.
 
     Raises:
@@ -51,7 +51,7 @@ def load_image_text(
     return rows.decode(False) if streaming and rows.features else rows
 
 
-def _load(source: str, name: str | None, image_column: str, options: dict[str, Any]) -> Rows:
+def _load(source: str, name: str | None, image_column: str, options: dict[str, Any]) -> HFDataset:
     path = Path(source).expanduser()
     files = [Path(file).resolve() for file in sorted(glob(str(path)))] if "*" in source else [path.resolve()]
     if files and all(file.is_file() for file in files):
@@ -67,16 +67,13 @@ def _load(source: str, name: str | None, image_column: str, options: dict[str, A
     return datasets.load_dataset(source, name, **options)
 
 
-def _load_files(files: list[Path], image_column: str, options: dict[str, Any]) -> Rows:
+def _load_files(files: list[Path], image_column: str, options: dict[str, Any]) -> HFDataset:
     path, suffix = files[0], files[0].suffix.lower()
     if suffix not in BUILDERS:
         raise ValueError(f"expected a {', '.join(BUILDERS)} file, got {path}: convert it, or pass its folder")
     if suffix == ".tar":
         check_archives(files)
-    # The files are given by the plain name of the split, without a slice such as "[:1%]".
-    data_files = {options["split"].partition("[")[0]: [str(file) for file in files]}
-    separator = {"sep": "\t"} if suffix == ".tsv" else {}
-    dataset = datasets.load_dataset(BUILDERS[suffix], data_files=data_files, **options, **separator)
+    dataset = read_files(files, **options)
     features = features_of(dataset)
     require_columns(features, image_column=image_column)
     if features[image_column].dtype not in ("string", "large_string"):
@@ -85,13 +82,22 @@ def _load_files(files: list[Path], image_column: str, options: dict[str, Any]) -
     return dataset.map(_resolve, input_columns=image_column, fn_kwargs=paths, batched=True)
 
 
+def read_files(files: list[Path], split: str, **options: Any) -> HFDataset:
+    """Read files of one of the kinds in `BUILDERS`, which are the split that is asked for."""
+    suffix = files[0].suffix.lower()
+    # The files are given by the plain name of the split, without a slice such as "[:1%]".
+    data_files = {split.partition("[")[0]: [str(file) for file in files]}
+    separator = {"sep": "\t"} if suffix == ".tsv" else {}
+    return datasets.load_dataset(BUILDERS[suffix], data_files=data_files, split=split, **options, **separator)
+
+
 def check_archives(files: Iterable[Path]) -> None:
     """Refuse tar files that end early, whose tail the reader would leave out without a word.
 
-    A whole one ends in two blocks of zeros. Compressed ones, whatever they are called, are not looked into.
+    A whole file ends in two blocks of zeros. Compressed files, whatever they are called, are not looked into.
 
     Raises:
-        ValueError: naming the file.
+        ValueError: a file ends early; the error names it.
     """
     for path in files:
         with path.open("rb") as file:
@@ -104,13 +110,17 @@ def check_archives(files: Iterable[Path]) -> None:
                 )
 
 
-def features_of(dataset: Rows) -> datasets.Features:
-    """Columns and their types; a stream may not say, and then its first row does."""
+def features_of(dataset: HFDataset) -> datasets.Features:
+    """The columns and their types. A stream may not know them, and then its first row is read."""
     return dataset.features or datasets.Dataset.from_list(list(dataset.take(1))).features
 
 
 def require_columns(features: datasets.Features, **columns: str) -> None:
-    """Raise ValueError for a column that is missing, naming the argument to set."""
+    """Check that columns exist.
+
+    Raises:
+        ValueError: a column is missing; the error names the argument to set.
+    """
     for argument, column in columns.items():
         if column not in features:
             raise ValueError(

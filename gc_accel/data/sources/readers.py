@@ -1,33 +1,34 @@
 """Image-text data sets of one's own: from rows to pairs of image and caption.
 
-`load_image_text` (`sources.py`) finds the rows and leaves their reading to `datasets`. `ImageTextDataset` turns a row
-into a pair: it decodes the image itself, so that a broken file is reported by its row or left out, and draws one
-caption where a row has several. The draw depends on (seed, epoch, index) alone, so a resumed run repeats it.
-Of a stream, a row takes the place of its index (`rows.py`).
+`load_image_text` (`image_text.py`) finds the rows and leaves their reading to `datasets`. `ImageTextDataset` turns a
+row into a pair: it decodes the image itself (`images.py`), so that a broken file is reported by its row or left out,
+and draws one caption where a row has several (`epochs.py`). In a stream, a row takes the place of its index
+(`rows.py`).
 """
 
 from collections.abc import Sequence
 from copy import copy
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
-import fsspec
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 
-from gc_accel.data.epochs import SharedEpoch
-from gc_accel.data.sources.image_text import Rows, features_of, require_columns
+from gc_accel.data.epochs import EpochDataset
+from gc_accel.data.sources.image_text import HFDataset, features_of, require_columns
+from gc_accel.data.sources.images import describe_image, read_image
 from gc_accel.data.sources.precomputed import file_times
 from gc_accel.data.sources.rows import StreamedRow, take_rows
 
 MAX_WORKERS = 256
-PARTS = {"image": "image_column", "text": "caption_column"}  # of an item, and who says where they are
+COLUMNS = {
+    "image": "image_column",
+    "text": "caption_column",
+}  # the argument that names the column, by modality
 
 
-class ImageTextDataset(torch.utils.data.Dataset[dict[str, Any] | None]):
+class ImageTextDataset(EpochDataset):
     """Images with their captions, from the columns of a `datasets.Dataset` or a `datasets.IterableDataset`.
 
     An item is ``{"image": PIL image in RGB, "text": str}``, with an integer "label" if a label column is
@@ -36,13 +37,13 @@ class ImageTextDataset(torch.utils.data.Dataset[dict[str, Any] | None]):
     Args:
         dataset: one split. ``datasets.Dataset.from_list`` makes one from rows in memory. Of a stream, items
             are found by `StreamedRow`, and there is no length.
-        image_column: images, encoded bytes, ``{"bytes", "path"}`` or paths.
-        caption_column: strings, or lists of strings of which each epoch draws one per row;
-            None for images alone.
-        label_column: integers.
+        image_column: holds images, encoded bytes, ``{"bytes", "path"}`` or paths.
+        caption_column: holds strings, or lists of strings of which each epoch draws one per row; None for images
+            alone.
+        label_column: holds integers.
         root: the folder from which relative paths count.
         on_bad_image: "error", or "skip" to leave out rows whose image cannot be read.
-        seed: of the draw of captions.
+        seed: random seed of the draw of captions.
 
     Raises:
         ValueError: in the constructor for a column that is missing or of the wrong kind; on access, naming
@@ -56,7 +57,7 @@ class ImageTextDataset(torch.utils.data.Dataset[dict[str, Any] | None]):
 
     def __init__(
         self,
-        dataset: Rows,
+        dataset: HFDataset,
         *,
         image_column: str = "image",
         caption_column: str | None = "text",
@@ -65,10 +66,11 @@ class ImageTextDataset(torch.utils.data.Dataset[dict[str, Any] | None]):
         on_bad_image: Literal["error", "skip"] = "error",
         seed: int = 0,
     ) -> None:
+        super().__init__(seed)
         if on_bad_image not in ("error", "skip"):
             raise ValueError(f"expected on_bad_image 'error' or 'skip', got {on_bad_image!r}")
-        asked = {"image_column": image_column, "caption_column": caption_column, "label_column": label_column}
-        columns = {argument: column for argument, column in asked.items() if column is not None}
+        named = {"image_column": image_column, "caption_column": caption_column, "label_column": label_column}
+        columns = {argument: column for argument, column in named.items() if column is not None}
         features = features_of(dataset)
         require_columns(features, **columns)
         if label_column is not None:
@@ -82,9 +84,7 @@ class ImageTextDataset(torch.utils.data.Dataset[dict[str, Any] | None]):
         self.label_column = label_column
         self.root = Path(root or "")
         self.on_bad_image = on_bad_image
-        self.seed = seed
-        self._epoch = SharedEpoch()
-        # In shared memory too, so that workers that are already running report their skips.
+        # Counts are in shared memory too, so that workers that are already running report their skips.
         self._skipped = torch.zeros(1 + MAX_WORKERS, dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
@@ -105,21 +105,17 @@ class ImageTextDataset(torch.utils.data.Dataset[dict[str, Any] | None]):
         if self.image_column is None:
             return item
         try:
-            item["image"] = _read_image(row[self.image_column], self.root)
-        except Exception as error:  # PIL's decoders raise almost anything on corrupt bytes, even SyntaxError
+            item["image"] = read_image(row[self.image_column], self.root)
+        except Exception as error:  # PIL's decoders raise almost anything on corrupt bytes
             if self.on_bad_image == "skip":
                 self._count_skip()
                 return None
             raise ValueError(
-                f"row {index} of the data set: cannot read image {_describe(row[self.image_column])}: "
+                f"row {index} of the data set: cannot read image {describe_image(row[self.image_column])}: "
                 f"expected one that PIL can open, got {type(error).__name__}: {error}. Correct the row, "
                 "or pass on_bad_image='skip' to leave such rows out"
             ) from error
         return item
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw the captions of this epoch from now on, also in workers that are already running."""
-        self._epoch.set(epoch)
 
     @property
     def skipped(self) -> int:
@@ -127,49 +123,49 @@ class ImageTextDataset(torch.utils.data.Dataset[dict[str, Any] | None]):
         return int(self._skipped.sum())
 
     def take(self, count: int, *, seed: int = 0) -> "ImageTextDataset":
-        """Of a stream: some samples from its beginning (`take_rows`), in memory, as a map-style data set."""
+        """Take some samples from the beginning of a stream (`take_rows`), in memory, as a map-style data set."""
         assert self.stream is not None
-        part = copy(self)
-        part._rows = take_rows(self.stream, count, seed=seed)
-        captions = [] if self.caption_column is None else [self.caption_column]
-        part._captions = part._rows.select_columns(captions)
-        return part
+        taken = copy(self)
+        taken._rows = take_rows(self.stream, count, seed=seed)
+        taken._captions = taken._rows.select_columns(
+            [] if self.caption_column is None else [self.caption_column]
+        )
+        return taken
 
-    def without(self, part: str) -> "ImageTextDataset":
+    def without(self, modality: str) -> "ImageTextDataset":
         """The same samples without their "image", which is then not opened, or without their "text"."""
-        rest, attribute = copy(self), PARTS[part]
-        rest._rows = self._rows.remove_columns(getattr(self, attribute))
-        setattr(rest, attribute, None)
-        return rest
+        others = copy(self)
+        others._rows = self._rows.remove_columns(getattr(self, COLUMNS[modality]))
+        setattr(others, COLUMNS[modality], None)
+        return others
 
-    def fingerprint(self, part: str) -> str:
-        """Of all images, with the times of their files, or of all texts.
+    def fingerprint(self, modality: str) -> str:
+        """A string that tells all images, with the times of their files, or all texts from others.
 
         Raises:
             ValueError: rows are a stream, or have lists of captions, of which each epoch draws one.
         """
-        column = getattr(self, PARTS[part])
+        column = getattr(self, COLUMNS[modality])
         lists = isinstance(self._rows.features[column], (datasets.List, datasets.LargeList))
-        drawn = part == "text" and lists
-        if drawn or self.stream is not None:
-            found = f"lists in {column!r}, of which each draws one" if drawn else "a stream"
-            raise ValueError(f"expected a {part} for every row, the same in every epoch, got {found}")
+        if self.stream is not None or (modality == "text" and lists):
+            kind = "a stream" if self.stream is not None else f"lists in {column!r}, of which each draws one"
+            raise ValueError(f"expected a {modality} for every row, the same in every epoch, got {kind}")
         rows = self._rows.select_columns([column])
-        files = "" if part == "text" else file_times(rows.data.column(column), self.root)
+        files = "" if modality == "text" else file_times(rows.data.column(column), self.root)
         return f"{rows._fingerprint} {self.root} {self.on_bad_image} {files}"
 
     def texts(self, indices: Sequence[int | StreamedRow]) -> list[str]:
-        """The captions that this epoch draws; no image is read."""
+        """The captions of some samples as this epoch draws them; no image is read."""
         column = str(self.caption_column)
         if self.stream is None:
             captions = self._captions[indices][column]
         else:
             captions = [index.row[column] for index in indices if isinstance(index, StreamedRow)]
-        return [self._draw_caption(each, index) for each, index in zip(captions, indices, strict=True)]
+        return [self._draw_caption(caption, index) for caption, index in zip(captions, indices, strict=True)]
 
     def _draw_caption(self, caption: Any, index: int | StreamedRow) -> str:
         if isinstance(caption, list) and caption:
-            draw = np.random.default_rng((self.seed, int(self._epoch), int(index)))
+            draw = np.random.default_rng(self._seed_of(index))
             caption = caption[draw.integers(len(caption))]
         if not isinstance(caption, str):
             raise ValueError(
@@ -184,8 +180,8 @@ class ImageTextDataset(torch.utils.data.Dataset[dict[str, Any] | None]):
         self._skipped[0 if worker is None else 1 + worker.id % MAX_WORKERS] += 1
 
 
-def _undecoded(dataset: Rows, column: str) -> Rows:
-    """Images as they are stored: `datasets` would decode with the row, and fail without saying which row it was."""
+def _undecoded(dataset: HFDataset, column: str) -> HFDataset:
+    """Leave images as they are stored: `datasets` would decode with the row, and fail without saying which it was."""
     if isinstance(dataset, datasets.IterableDataset):
         return dataset.decode(False)
     return dataset.cast_column(column, datasets.Image(decode=False))
@@ -198,29 +194,3 @@ def _require_integers(features: datasets.Features, column: str) -> None:
             f"expected integers in the column {column!r}, got {feature}: "
             f"use dataset.class_encode_column({column!r}), or for a stream cast_column to a ClassLabel with names"
         )
-
-
-def _read_image(value: Any, root: Path) -> Image.Image:
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, str) and "://" in value:  # in an archive or on a server
-        with fsspec.open(value) as file:
-            value = file.read()
-    if isinstance(value, Image.Image):
-        return _to_rgb(value)
-    with Image.open(BytesIO(value) if isinstance(value, bytes) else root / value) as image:
-        return _to_rgb(ImageOps.exif_transpose(image))
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB, what is transparent becoming white."""
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, dict):
-        value = value.get("path") or value.get("bytes")
-    return f"<{len(value)} bytes>" if isinstance(value, bytes) else repr(value)

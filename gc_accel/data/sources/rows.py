@@ -1,4 +1,4 @@
-"""Rows of a stream: what finds them, hands them over undecoded, and takes some of them into memory."""
+"""Rows of a stream: they are found, handed over undecoded, and some of them are taken into memory."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import datasets
 from torch.utils.data import IterableDataset
 
-BLOCK = 32  # rows that are handed over at once
+GROUP_SIZE = 32  # rows that are handed over at once
 
 
 class StreamedRow(NamedTuple):
@@ -22,23 +22,23 @@ class StreamedRow(NamedTuple):
         return f"{self.number} (in the order of the stream)"
 
 
-class Blocks(IterableDataset):
-    """Rows in blocks; the first ones, which are skipped, as None."""
+class RowGroups(IterableDataset):
+    """Rows in groups. The first `skip` rows of all are None."""
 
     def __init__(self, rows: datasets.IterableDataset, skip: int) -> None:
         self.rows, self.skip = rows, skip
 
     def __iter__(self) -> Iterator[list[dict[str, Any] | None]]:
-        number = 0
+        start = 0
         # Rows one by one would come in another order in a worker process, for which `datasets` shifts its seeds.
-        for columns in self.rows.iter(batch_size=BLOCK):
+        for columns in self.rows.iter(batch_size=GROUP_SIZE):
             rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-            yield [row if number + i >= self.skip else None for i, row in enumerate(rows)]
-            number += len(rows)
+            yield [row if start + i >= self.skip else None for i, row in enumerate(rows)]
+            start += len(rows)
 
 
 def stream_of(dataset: Any) -> datasets.IterableDataset | None:
-    """The rows of a data set that reads a stream, or None for a map-style one.
+    """Return the rows of a data set that reads a stream, or None for a map-style one.
 
     Raises:
         ValueError: the data set is a bare stream.
@@ -52,6 +52,9 @@ def stream_of(dataset: Any) -> datasets.IterableDataset | None:
 
 
 def take_rows(stream: datasets.IterableDataset, count: int, *, seed: int = 0) -> datasets.Dataset:
-    """The first rows of a stream that is shuffled in a buffer of as many, in memory; fewer if it has fewer."""
+    """Take `count` rows from the beginning of a stream into memory, or all of them if it has fewer.
+
+    The stream is shuffled in a buffer of as many rows, and of at least 1000.
+    """
     rows = list(stream.shuffle(seed=seed, buffer_size=max(count, 1000)).take(count))
     return datasets.Dataset.from_list(rows, features=stream.features)

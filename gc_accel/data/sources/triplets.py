@@ -8,7 +8,7 @@
 Shape letters: C chunk, P passages of a question, its positive first, L tokens.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,11 +19,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from gc_accel.data.epochs import SharedEpoch
-from gc_accel.data.sources.image_text import BUILDERS
-
-Item = Mapping[str, Any]
-Tokens = dict[str, Tensor]
+from gc_accel.data.collators import Item, Tensors
+from gc_accel.data.epochs import EpochDataset
+from gc_accel.data.sources.image_text import BUILDERS, read_files
 
 
 def load_triplets(source: str, split: str, *, name: str | None = None) -> datasets.Dataset:
@@ -41,25 +39,24 @@ def load_triplets(source: str, split: str, *, name: str | None = None) -> datase
     path = Path(source).expanduser()
     if path.is_dir():
         return datasets.load_dataset(str(path.resolve()), name, split=split)
-    if not path.is_file() and path.suffix.lower() not in BUILDERS:
-        return datasets.load_dataset(source, name, split=split)
-    if not path.is_file() or path.suffix.lower() not in BUILDERS:
+    is_table = path.suffix.lower() in BUILDERS
+    if path.is_file() != is_table:
         raise ValueError(f"expected a {', '.join(BUILDERS)} file, a folder or a hub name, got {source!r}")
-    separator = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
-    files = {split.partition("[")[0]: str(path.resolve())}
-    return datasets.load_dataset(BUILDERS[path.suffix.lower()], data_files=files, split=split, **separator)
+    return (
+        read_files([path.resolve()], split) if is_table else datasets.load_dataset(source, name, split=split)
+    )
 
 
-class TripletDataset(torch.utils.data.Dataset[dict[str, Any]]):
-    """Rows as `{"query": str, "positive": str, "negatives": [str, ...]}`.
+class TripletDataset(EpochDataset):
+    """Rows as items `{"query": str, "positive": str, "negatives": [str, ...]}`.
 
     Args:
         rows: one split. `datasets.Dataset.from_list` makes one from rows in memory.
-        query_column: strings.
-        positive_column: strings, or lists of strings of which each epoch draws one per row.
-        negatives_column: strings, or lists of strings of which each epoch draws `negatives` per row.
-        negatives: how many; 0 needs no column.
-        seed: of the draws.
+        query_column: holds strings.
+        positive_column: holds strings, or lists of strings of which each epoch draws one per row.
+        negatives_column: holds strings, or lists of strings of which each epoch draws `negatives` per row.
+        negatives: how many hard negatives an item has; 0 needs no column.
+        seed: random seed of the draws.
 
     Raises:
         ValueError: in the constructor for a missing column; on access, naming the row, for too few texts.
@@ -75,6 +72,7 @@ class TripletDataset(torch.utils.data.Dataset[dict[str, Any]]):
         negatives: int = 1,
         seed: int = 0,
     ) -> None:
+        super().__init__(seed)
         columns = {"query_column": query_column, "positive_column": positive_column}
         columns |= {"negatives_column": negatives_column} if negatives else {}
         for argument, column in columns.items():
@@ -82,43 +80,36 @@ class TripletDataset(torch.utils.data.Dataset[dict[str, Any]]):
                 raise ValueError(f"expected a column {column!r}, got {rows.column_names}: set {argument}")
         self.rows = rows.select_columns(list(dict.fromkeys(columns.values())))
         self.query_column, self.positive_column = query_column, positive_column
-        self.negatives_column, self.negatives, self.seed = negatives_column, negatives, seed
-        self._epoch = SharedEpoch()
+        self.negatives_column, self.negatives = negatives_column, negatives
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        rng = np.random.default_rng((self.seed, int(self._epoch), index))
+        rng = np.random.default_rng(self._seed_of(index))
         texts = {"query": row[self.query_column], "positive": row[self.positive_column], "negatives": []}
         if self.negatives:
             texts["negatives"] = row[self.negatives_column]
         counts = {"query": 1, "positive": 1, "negatives": self.negatives}
-        drawn = {key: _draw(_strings(texts[key]), count, rng) for key, count in counts.items()}
+        drawn: dict[str, Any] = {
+            key: _draw(_strings(texts[key]), count, rng) for key, count in counts.items()
+        }
         if short := [key for key, count in counts.items() if len(drawn[key]) < count]:
             raise ValueError(
                 f"row {index} of the data set: expected at least {counts} strings, got too few for {short}: "
                 "filter the row out, or ask for fewer negatives"
             )
-        return {
-            "query": drawn["query"][0],
-            "positive": drawn["positive"][0],
-            "negatives": drawn["negatives"],
-        }
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw the passages of this epoch from now on, also in workers that are already running."""
-        self._epoch.set(epoch)
+        return drawn | {"query": drawn["query"][0], "positive": drawn["positive"][0]}
 
 
 class TripletCollator:
-    """Tokens of some rows, each side padded to its longest text.
+    """Tokenizes rows to a chunk, questions and passages padded to the longest text of each.
 
     Args:
-        tokenizer: of the encoder, or of both towers.
+        tokenizer: that of the encoder, or of both towers.
         query_length: tokens of a question, what is more is cut; None: the tokenizer's own limit.
-        passage_length: likewise.
+        passage_length: tokens of a passage, likewise.
     """
 
     def __init__(
@@ -132,7 +123,7 @@ class TripletCollator:
         self.lengths = {"query": query_length, "passage": passage_length}
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
-        """A chunk: `query` `(C, L)` and `passage` `(C, P, L)`, tokens each, and `passage_ids` `(C, P)`."""
+        """Rows to a chunk: `query` `(C, L)` and `passage` `(C, P, L)`, tokens each, and `passage_ids` `(C, P)`."""
         passages = [text for item in items for text in (item["positive"], *item["negatives"])]
         tokens = self.tokenize("passage", passages)
         return {
@@ -141,7 +132,7 @@ class TripletCollator:
             "passage_ids": torch.tensor([text_id(text) for text in passages]).view(len(items), -1),
         }
 
-    def tokenize(self, stream: str, texts: Sequence[str]) -> Tokens:
+    def tokenize(self, stream: str, texts: Sequence[str]) -> Tensors:
         """`input_ids` and `attention_mask` `(N, L)` of questions, "query", or of passages, "passage"."""
         tokens = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=self.lengths[stream], return_tensors="pt"
@@ -150,12 +141,12 @@ class TripletCollator:
 
 
 class Corpus(NamedTuple):
-    """What an evaluation asks, among what it searches, and which answers which, each text once.
+    """The questions of an evaluation, the passages it searches, and which answers which, each text once.
 
     Args:
         queries: Q texts.
         passages: N texts.
-        relevant: `(R, 2)`, row of a question and row of a passage that answers it.
+        relevant: `(R, 2)`, the row of a question and the row of a passage that answers it.
     """
 
     queries: list[str]
@@ -164,7 +155,7 @@ class Corpus(NamedTuple):
 
     @classmethod
     def of(cls, items: Iterable[Item]) -> "Corpus":
-        """The corpus of all passages of some rows, the hard negatives among them."""
+        """Collect all questions and passages of some rows, the hard negatives among them."""
         queries, passages, pairs = dict[str, int](), dict[str, int](), []
         for item in items:
             row = queries.setdefault(item["query"], len(queries))
@@ -175,16 +166,16 @@ class Corpus(NamedTuple):
 
 
 def text_id(text: str) -> int:
-    """The same 63-bit number for the same text, in every process."""
+    """A 63-bit number that is the same for the same text in every process."""
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def _strings(value: Any) -> list[str]:
-    """What a cell holds, a string or a list of them; anything else, such as None, is none."""
+    """The strings that a cell holds, one or a list of them; anything else in it, such as None, is left out."""
     texts = value if isinstance(value, list) else [value]
     return [text for text in texts if isinstance(text, str)]
 
 
 def _draw(texts: list[str], count: int, rng: np.random.Generator) -> list[str]:
-    """`count` of the texts without repetition, or all of them if there are not that many."""
+    """Draw `count` of the texts without repetition, or all of them if there are not that many."""
     return [texts[i] for i in rng.permutation(len(texts))[:count]]
