@@ -78,6 +78,9 @@ class OfDDP(Reduction):
             for each, has in zip(trained, present, strict=True):
                 if not has:
                     each.grad = None
+            # A collective call, which DDP would make in the first forward pass with a graph of the next step. Ranks come
+            # there at different moments, if they keep other graphs or run out of memory before.
+            module.reducer._rebuild_buckets()
 
     def as_output(self, output: Any) -> Any:
         for module in self.modules:
