@@ -69,6 +69,8 @@ class OfDDP(Reduction):
 
     def reduce(self, any_rank: AnyRank) -> None:
         for module in self.modules:
+            if not module.require_backward_grad_sync:  # in the user's own no_sync, which adds up batches
+                continue
             trained = [each for each in module.module.parameters() if each.requires_grad]
             present = any_rank([each.grad is not None for each in trained])
             # DDP finds out by itself what is not touched, or takes everything to be.

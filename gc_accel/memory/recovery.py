@@ -55,8 +55,8 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def retry(
-    step: Callable[["Reread"], T],
-    chunks: Iterable[Inputs],
+    step: Callable[[Reread], T],
+    chunks: Reread,
     undo: Callable[[Exception], None],
     shrink: Callable[[], None],
 ) -> T:
@@ -64,16 +64,15 @@ def retry(
 
     Args:
         step: of chunks that it may read again.
-        chunks: loaded once.
+        chunks: of the batch.
         undo: puts back what a step that has run out of memory has changed, or raises an error that says why it cannot.
         shrink: makes the next attempt take less.
     """
-    reread = Reread(chunks)
     while True:
         try:
-            return step(reread)
+            return step(chunks)
         except (RuntimeError, MemoryError) as error:
-            if reread.is_reading or not is_out_of_memory(error):
+            if chunks.is_reading or not is_out_of_memory(error):
                 raise
             undo(error)
         # Outside of the handler, because the error holds on to the tensors of the step.
