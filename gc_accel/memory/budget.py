@@ -17,14 +17,7 @@ OPTIMIZER_COPIES = 2  # of each weight that trains: Adam makes them in its first
 
 
 def check_budget(budget: object, device: torch.device | None = None) -> None:
-    """Refuse what is no budget.
-
-    Args:
-        device: the one whose memory a fraction would be of; None where that does not matter.
-
-    Raises:
-        ValueError: no number above 0; a fraction, but not of CUDA's memory.
-    """
+    """Raise ValueError for what is no number above 0, and for a fraction of a device that is not CUDA."""
     if budget is None:
         return
     if not (isinstance(budget, (int, float)) and budget > 0):

@@ -113,17 +113,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class PeakBytes:
-    """A block whose peak memory, beyond what was there before, is measured.
-
-    On CUDA the allocator measures, elsewhere the tensors that are alive, see `LiveBytes`.
-
-    Args:
-        device: the one that computes.
-        known: see `LiveBytes`.
-
-    Attributes:
-        total: the peak, after the block.
-    """
+    """A block whose peak beyond what was there before is measured: by the allocator on CUDA, else by `LiveBytes`."""
 
     def __init__(self, device: torch.device, known: Iterable[Tensor]) -> None:
         self.device, self.known, self.total = device, known, 0

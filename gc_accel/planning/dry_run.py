@@ -32,21 +32,13 @@ SampleCounts = Mapping[Any, int]  # samples of each stream in one call of the en
 
 @dataclass(frozen=True)
 class CallCost:
-    """Bytes that one call of the encoder takes, beyond weights, inputs and, but for `fresh`, gradients.
+    """Bytes that one call of the encoder takes, beyond weights, inputs and, but for `fresh`, gradients."""
 
-    Args:
-        graph: kept after a forward with a graph.
-        building: at most, during such a forward.
-        backward: at most, during its backward pass, where gradients are there to be added to.
-        fresh: the same with the gradients that it makes, where none are there.
-        gradients: of the weights that it reaches.
-    """
-
-    graph: int
-    building: int
-    backward: int
-    fresh: int
-    gradients: int
+    graph: int  # kept after a forward with a graph
+    building: int  # at most, during such a forward
+    backward: int  # at most, during its backward pass, where gradients are there to be added to
+    fresh: int  # the same with the gradients that it makes, where none are there
+    gradients: int  # of the weights that it reaches
 
 
 @dataclass(frozen=True)

@@ -144,8 +144,8 @@ def _plan(
     step: StepCost, room: Room, chunk_size: int | Literal["auto"] | None, retain: Retain | None
 ) -> Plan:
     """The plan of a step with what is given, and what fits for the rest."""
-    suggested_size, suggested_retain = suggest(step, room)
-    size = suggested_size if chunk_size is None else chunk_size
+    suggested = suggest(step, room)
+    size = suggested[0] if chunk_size is None else chunk_size
     if size == "auto":
         size = largest_chunk(
             lambda size: room.memory * room.share(step, size, 0), room.memory, step.batch_size
@@ -155,19 +155,9 @@ def _plan(
         retain = most_retained(step, size, room)
     elif retain == "auto":
         retain = most_retained(step, size, room) or 1  # the cache always keeps one, which costs nothing
-    return Plan(
-        batch_size=step.batch_size,
-        devices=step.devices,
-        memory=room.memory,
-        chunk_size=size,
-        retain=retain,
-        bytes=step.memory(size, retain),
-        flops=step.flops(size, retain),
-        sent=step.sent(),
-        suggested_chunk_size=suggested_size,
-        suggested_retain=suggested_retain,
-        suggested_peak=step.peak(suggested_size or 1, suggested_retain),
-    )
+    costs = step.memory(size, retain), step.flops(size, retain), step.sent()
+    suggestion = *suggested, step.peak(suggested[0] or 1, suggested[1])
+    return Plan(step.batch_size, step.devices, room.memory, size, retain, *costs, *suggestion)
 
 
 def suggest(step: StepCost, room: Room) -> tuple[int, Retain]:

@@ -9,6 +9,7 @@ planned. On the CPU, host and device are the same memory: the inputs of the whol
 count there. An accelerator holds those of the chunks that it works on and of the graphs.
 """
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
@@ -26,23 +27,14 @@ CHUNK = "a chunk being encoded"
 
 
 class PassCost(NamedTuple):
-    """What the calls of both passes take: bytes, beyond weights and inputs.
+    """What the calls of both passes take: bytes, beyond weights and inputs."""
 
-    Args:
-        graphs: all that are kept.
-        first: at most in the first pass.
-        second: at most in the second pass, with the gradients that it makes.
-        activations: at most in both, without gradients.
-        kept: samples whose graph is kept, by stream.
-        call: samples of the largest call.
-    """
-
-    graphs: int
-    first: int
-    second: int
-    activations: int
-    kept: dict[Any, int]
-    call: int
+    graphs: int  # all that are kept
+    first: int  # at most in the first pass
+    second: int  # at most in the second pass, with the gradients that it makes
+    activations: int  # at most in both, without gradients
+    kept: Counter[Any]  # samples whose graph is kept, by stream
+    call: int  # samples of the largest call
 
 
 class StepCost:
@@ -114,7 +106,7 @@ class StepCost:
     def flops(self, chunk_size: int, retain: Retain) -> dict[str, float]:
         """FLOPs of one device by stage."""
         kept, batch, trained = self._passes(chunk_size, retain).kept, self.batch_size, self.streams.trained
-        again = {name: (batch - kept.get(name, 0)) * self.work[name].forward for name in trained}
+        again = {name: (batch - kept[name]) * self.work[name].forward for name in trained}
         return {
             FIRST: batch * sum(work.forward for work in self.work.values()),
             LOSS: self.loss.flops,
@@ -132,9 +124,9 @@ class StepCost:
             calls = self.calls(chunk_size, retain)
             first, graphs = self._first(calls)
             second, activations = self._second(calls, graphs)
-            kept = dict[Any, int]()
+            kept = Counter[Any]()
             for call in calls:
-                kept[call.stream] = kept.get(call.stream, 0) + (call.size if call.keeps_graph else 0)
+                kept[call.stream] += call.size if call.keeps_graph else 0
             largest = max(call.size for call in calls)
             self.remembered[key] = PassCost(graphs, first, second, max(first, activations), kept, largest)
         return self.remembered[key]

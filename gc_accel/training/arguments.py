@@ -12,7 +12,7 @@ class CachedContrastiveArguments(TrainingArguments):
     Args:
         chunk_size: samples that the encoder sees at once: a number, or "auto": as many as fit.
         retain: chunks whose graph is kept from the first pass: a number, "all", or "auto": as many as fit.
-        memory_budget: what "auto" may use, see `GradientCache`.
+        memory_budget: what activations may take where "auto" decides, see `gc_accel/memory/budget.py`.
         forward_chunk_size: samples of a call of the first pass, where it draws no random numbers.
         batch_norm: what to do about BatchNorm in training mode, see `gc_accel/engine/batch_norm.py`.
         sort_by_length: sort the texts of a batch by length before it is cut into chunks.
@@ -42,8 +42,8 @@ class CachedContrastiveArguments(TrainingArguments):
     memory_budget: float | None = field(
         default=None,
         metadata={
-            "help": "What 'auto' may use: bytes, or up to 1 a fraction of the device's memory; needed on the CPU with "
-            "retain='auto'. By default most of a device."
+            "help": "What activations may take where 'auto' decides: bytes, beside weights, gradients, optimizer and "
+            "inputs; or, up to 1, the fraction of a GPU to fill. Needed on the CPU with retain='auto'."
         },
     )
     forward_chunk_size: int | None = field(
