@@ -27,10 +27,11 @@ from transformers import ViTConfig, ViTModel
 from benchmarks.planning import EAGER_FREE, reset_peak, resident
 from gc_accel import GradientCache, VisionEncoder
 from gc_accel.losses import SupConLoss
+from gc_accel.memory.budget import OPTIMIZER_COPIES
 from gc_accel.planning import plan
 from gc_accel.planning.dry_run import DryRun
-from gc_accel.planning.plan import FILL, Room, suggest
-from gc_accel.planning.step import Step
+from gc_accel.planning.plan import Room, suggest
+from gc_accel.planning.step import StepCost
 
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "high_resolution.png"
 SIDE, BATCH, CLASSES = 1024, 256, 16
@@ -172,8 +173,8 @@ def print_advice(checkpointing: bool) -> None:
             with torch.device("meta"):
                 encoder = encoder_of(width, layers, heads, side=side, patch=16, checkpointing=checkpointing)
             run = DryRun(encoder, images(1, side), torch.device("cpu"), torch.bfloat16)
-            step = Step(run, ADVISED_BATCH, devices=1, optimizer_copies=2, on_host=False)
-            found = (suggest(step, Room(FILL * memory * GIB)) for memory in MEMORY)
+            step = StepCost(run, ADVISED_BATCH, 1, OPTIMIZER_COPIES, torch.device("cuda"))
+            found = (suggest(step, Room(memory * GIB)) for memory in MEMORY)
             cells = (f"{chunk}, {retain}" if chunk else "does not fit" for chunk, retain in found)
             print(f"| {name} at {side} | {' | '.join(cells)} |", flush=True)
 

@@ -56,7 +56,7 @@ class GradientCache:
         accelerator: the one that prepared the encoder (precision, scaler, accumulation, reduction).
         retain: how many chunks of the costliest stream keep the graph of their first pass, "all", or "auto":
             as many as `memory_budget` allows.
-        memory_budget: what "auto" may use: bytes, or up to 1 a fraction of the device's memory.
+        memory_budget: what the activations of a step may take: bytes, or up to 1 the fraction of the device to fill.
         forward_chunk_size: samples of a call of the first pass, where it draws no random numbers; by default
             a chunk, and four of them on an accelerator (one with gradient checkpointing).
         batch_norm: what to do about BatchNorm in training mode: "error", "frozen" or "ghost".

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import gc_accel.memory.fitting as module
 from gc_accel import GradientCache
 from gc_accel.distributed import Replicas
+from gc_accel.engine import joining
 from gc_accel.losses import CLIPLoss, dense
+from gc_accel.memory import budget
 from gc_accel.memory.fitting import fit_chunk_size
 from gc_accel.memory.meters import LiveBytes
 from tests.comparing import assert_equal, gradients
@@ -25,16 +26,17 @@ def trained_bytes(encoder):
 
 
 def takes(encoder, inputs):
-    """The oracle: the memory of a chunk, measured from outside: beside the gradients of all weights, and with what
-    the optimizer will take."""
-    with LiveBytes() as live:
-        for each in encoder.parameters():
-            each.grad = torch.zeros_like(each) if each.requires_grad else None
+    """The oracle: the activations of a chunk, measured from outside, beside weights, their gradients and inputs."""
+    given = [inputs] if isinstance(inputs, torch.Tensor) else next(iter(inputs.values())).values()
+    for each in encoder.parameters():
+        each.grad = torch.zeros_like(each) if each.requires_grad else None
+    grads = [each.grad for each in encoder.parameters() if each.requires_grad]
+    with LiveBytes([*encoder.parameters(), *encoder.buffers(), *grads, *given]) as live:
         outputs = encoder(inputs) if isinstance(inputs, torch.Tensor) else encoder(**inputs)
         reps = outputs if isinstance(outputs, torch.Tensor) else outputs[next(iter(inputs))]
         reps.backward(torch.ones_like(reps))
     encoder.zero_grad(set_to_none=True)
-    return live.peak + 2 * trained_bytes(encoder)
+    return live.peak
 
 
 def peak_of(encoder, stream, samples):
@@ -55,7 +57,7 @@ def test_the_largest_chunk_within_the_bound(fitting):
 
 
 def wide():
-    """Of which few samples take less than the gradients of the weights."""
+    """Of which few samples take less than the gradient of one weight, which a backward pass makes anew."""
     torch.manual_seed(0)
     return nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(128, 128), nn.GELU())))
 
@@ -64,7 +66,7 @@ def wide():
 def test_weights_do_not_hide_what_samples_take(size):
     encoder = wide()
     bound = takes(encoder, torch.randn(size, 128))
-    assert takes(encoder, torch.randn(4, 128)) > bound / 7, "the weights matter"
+    assert takes(encoder, torch.randn(4, 128)) > 4 * bound / size, "the weights matter"
     found = fit_chunk_size(torch.randn(5, 128), Replicas(encoder, None), bound, most=4000)
     assert takes(encoder, torch.randn(found, 128)) <= bound
     assert takes(encoder, torch.randn(int(1.1 * found) + 1, 128)) > bound
@@ -123,21 +125,22 @@ def test_a_call_of_several_chunks_has_to_fit_too(monkeypatch):
     """As on an accelerator: eight layers that are checkpointed keep less of a chunk than four chunks take to pass."""
     bound, sizes = takes(wide(), torch.randn(64, 128)), {}
     for calls in (1, 40):
-        monkeypatch.setattr(module, "chunks_per_call", lambda model, calls=calls, **_: calls)
+        monkeypatch.setattr(joining, "samples_of_a_call", lambda size, given, calls=calls, **_: calls * size)
         sizes[calls] = fit_chunk_size(torch.randn(4, 128), Replicas(wide(), None), bound, most=2000)
     assert sizes[40] < sizes[1] / 2
+    monkeypatch.undo()
     one = fit_chunk_size(torch.randn(4, 128), Replicas(wide(), None), bound, most=2000, forward_chunk_size=1)
     assert one == sizes[1]
 
 
 @pytest.mark.parametrize("kind", ["clip", "open_clip"])
 def test_chunks_that_are_checkpointed_share_no_call(kind):
-    encoder = dual_encoder(kind)
-    assert module.chunks_per_call(encoder, on_host=False) == module.CALLS_OF
-    assert module.chunks_per_call(encoder, on_host=True) == 1
+    encoder, gpu = dual_encoder(kind), torch.device("cuda")
+    assert joining.JoinedCalls(encoder, None, gpu).samples(3) == 3 * joining.CHUNKS
+    assert joining.JoinedCalls(encoder, None, torch.device("cpu")).samples(3) == 3
     encoder.activation_checkpointing_enable()
-    assert module.chunks_per_call(encoder, on_host=False) == 1
-    assert module.chunks_per_call(lambda x: x, on_host=False) == module.CALLS_OF
+    assert joining.JoinedCalls(encoder, None, gpu).samples(3) == 3
+    assert joining.JoinedCalls(lambda x: x, None, gpu).samples(3) == 3 * joining.CHUNKS
 
 
 @pytest.mark.parametrize("size", [2.5, None, float("nan"), "8", True, 0, -1])
@@ -156,15 +159,17 @@ def test_sizes_are_whole_numbers(size):
 
 @pytest.mark.parametrize("memory", [0, -1, 0.5])
 def test_memory_on_the_cpu_is_bytes(memory):
-    with pytest.raises(ValueError, match=f"expected bytes, or on CUDA a fraction.* got {memory} on cpu"):
+    with pytest.raises(ValueError, match=f"expected a memory_budget .* got (the fraction )?{memory}"):
         fit_chunk_size(torch.randn(4, 128), Replicas(wide(), None), memory)
 
 
 def test_processes_of_a_host_share_its_memory(monkeypatch):
     encoder = wide()
-    free = takes(encoder, torch.randn(600, 128)) / module.FILL
-    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    others = (1 + budget.OPTIMIZER_COPIES) * trained_bytes(encoder)
+    free = (takes(encoder, torch.randn(600, 128)) + others) / budget.FILL
+    monkeypatch.setattr(budget.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
     alone = fit_chunk_size(torch.randn(4, 128), Replicas(encoder, None), most=2000)
+    assert alone == pytest.approx(600, rel=0.06), "room is left for gradients and for Adam"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert 0 < fit_chunk_size(torch.randn(4, 128), Replicas(encoder, None), most=2000) < alone / 1.5
 
@@ -202,7 +207,7 @@ def test_says_so_if_one_sample_does_not_fit():
 def on_rank(rank, sizes):
     encoder = dual_encoder("clip")
     model = DistributedDataParallel(encoder, find_unused_parameters=True)
-    bound = max(peak_of(encoder, name, sizes[rank]) for name in encoder.streams) + trained_bytes(encoder)
+    bound = max(peak_of(encoder, name, sizes[rank]) for name in encoder.streams)
     return fit_chunk_size(image_text_batch(16), Replicas(model, None), bound, most=64)
 
 

@@ -81,12 +81,12 @@ def test_the_plan_with_a_precomputed_tower_does_not_wait_for_it(tmp_path):
 def test_the_plan_has_the_budget_of_the_run(tmp_path):
     options = {"per_device_train_batch_size": 40, "chunk_size": 4, "retain": "auto", "num_train_epochs": 1}
     one = plan_of(make_trainer(tmp_path, **(options | {"retain": 1}))).bytes["first pass"]["retained graphs"]
-    trainer = make_trainer(tmp_path, memory_budget=3.5 * one, **options)
+    trainer = make_trainer(tmp_path, memory_budget=3.7 * one, **options)
     planned = plan_of(trainer)
     assert planned.retain == 3
     trainer.train()
     costliest = next(iter(trainer.cache.retention.automatic))
-    assert trainer.cache.retention.automatic[costliest] // 4 == planned.retain
+    assert trainer.cache.retention.automatic[costliest] == planned.retain
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ class ChunkSizes:
     Args:
         chunk_size: for all streams, by stream, or "auto".
         forward_chunk_size: of a call of the first pass; None: see `engine/joining.py`.
-        memory: for "auto", see `fit_chunk_size`.
+        memory_budget: for "auto": what activations may take, see `budget.py`.
         replicas: of the encoder.
 
     Raises:
@@ -29,17 +29,16 @@ class ChunkSizes:
         self,
         chunk_size: ChunkSize,
         forward_chunk_size: int | None,
-        memory: float | None,
+        memory_budget: float | None,
         replicas: Replicas,
     ) -> None:
-        self.replicas, self.memory = replicas, memory
+        self.replicas, self.memory_budget = replicas, memory_budget
         self.streams = streams_of(replicas.model).names
         self.forward_chunk_size = forward_chunk_size
         self.by_stream: dict[Any, int] = {}
         if not isinstance(chunk_size, str):
-            self._set(
-                chunk_size if isinstance(chunk_size, Mapping) else dict.fromkeys(self.streams, chunk_size)
-            )
+            sizes = chunk_size if isinstance(chunk_size, Mapping) else dict.fromkeys(self.streams, chunk_size)
+            self._set(sizes)
         elif chunk_size == "auto":
             self._check(dict.fromkeys(self.streams, 1))
         else:
@@ -48,10 +47,9 @@ class ChunkSizes:
     def settle(self, sample: Inputs) -> None:
         """Find the size of "auto" with some samples, unless that has been done."""
         if not self.by_stream:
-            found = fit_chunk_size(
-                sample, self.replicas, self.memory, forward_chunk_size=self.forward_chunk_size
-            )
-            self._set(dict.fromkeys(self.streams, found))
+            options = {"forward_chunk_size": self.forward_chunk_size}
+            size = fit_chunk_size(sample, self.replicas, self.memory_budget, **options)
+            self._set(dict.fromkeys(self.streams, size))
 
     def halve(self) -> None:
         """Go on with half as many samples at once."""

@@ -1,8 +1,8 @@
-"""Memory: the peak of this process, what the graph of a computation keeps, and which tensors are alive."""
+"""Memory: the peak of this process and of a block, what the graph of a computation keeps, which tensors are alive."""
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from gc_accel.inputs.walk import Inputs, flatten
 
 
 def peak_memory_mib(device: torch.device) -> float:
@@ -20,6 +22,11 @@ def peak_memory_mib(device: torch.device) -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB elsewhere
+
+
+def tensors_in(inputs: Inputs) -> Iterator[Tensor]:
+    """All tensors of nested inputs."""
+    return (value for value in flatten(inputs) if isinstance(value, Tensor))
 
 
 class SavedBytes(saved_tensors_hooks):
@@ -83,9 +90,9 @@ class LiveBytes(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        for each in tree_leaves(result):
-            if isinstance(each, Tensor):
-                self._count(each)
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self._count(value)
         return result
 
     def restart(self) -> None:
@@ -103,3 +110,26 @@ class LiveBytes(TorchDispatchMode):
 
     def _free(self, nbytes: int) -> None:
         self.now -= nbytes
+
+
+class PeakBytes:
+    """A block whose peak beyond what was there before is measured: by the allocator on CUDA, else by `LiveBytes`."""
+
+    def __init__(self, device: torch.device, known: Iterable[Tensor]) -> None:
+        self.device, self.known, self.total = device, known, 0
+
+    def __enter__(self) -> "PeakBytes":
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device)
+        else:
+            self.live = LiveBytes(self.known).__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.device.type == "cuda":
+            self.total = torch.cuda.max_memory_allocated(self.device) - self.before
+            torch.cuda.reset_peak_memory_stats(self.device)  # the run's own peak is yet to come
+        else:
+            self.live.__exit__(*error)
+            self.total = self.live.peak

@@ -23,35 +23,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from gc_accel.contracts import streams_of
 from gc_accel.inputs.nested import Inputs, batch_size, call, named
 from gc_accel.inputs.packing import Packed
-from gc_accel.inputs.walk import flatten, map_samples
-from gc_accel.memory.meters import LiveBytes
+from gc_accel.inputs.walk import map_samples
+from gc_accel.memory.meters import LiveBytes, tensors_in
 from gc_accel.state.modules import in_mode
 
-Rows = Mapping[Any, int]  # samples of each stream in one call of the encoder
+SampleCounts = Mapping[Any, int]  # samples of each stream in one call of the encoder
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Bytes that one call of the encoder takes, beyond weights, inputs and, but for `fresh`, gradients.
+class CallCost:
+    """Bytes that one call of the encoder takes, beyond weights, inputs and, but for `fresh`, gradients."""
 
-    Args:
-        graph: kept after a forward with a graph.
-        building: at most, during such a forward.
-        backward: at most, during its backward pass, where gradients are there to be added to.
-        fresh: the same with the gradients that it makes, where none are there.
-        gradients: of the weights that it reaches.
-    """
-
-    graph: int
-    building: int
-    backward: int
-    fresh: int
-    gradients: int
-
-    @property
-    def replay(self) -> int:
-        """At most, forward and backward, where gradients are there."""
-        return max(self.building, self.backward)
+    graph: int  # kept after a forward with a graph
+    building: int  # at most, during such a forward
+    backward: int  # at most, during its backward pass, where gradients are there to be added to
+    fresh: int  # the same with the gradients that it makes, where none are there
+    gradients: int  # of the weights that it reaches
 
 
 @dataclass(frozen=True)
@@ -79,35 +66,35 @@ class DryRun:
         self.model, self.device, self.autocast = model, device, autocast
         self.streams = streams_of(model)
         self.parts = self.streams.split(sample)
-        self.sample_bytes = sum(each.nbytes for each in _input_tensors(sample)) // batch_size(sample)
+        self.sample_bytes = sum(tensor.nbytes for tensor in tensors_in(sample)) // batch_size(sample)
         self.remembered: dict[Any, Any] = {}
 
-    def forward(self, rows: Rows) -> int:
+    def forward(self, counts: SampleCounts) -> int:
         """Bytes of one call on so many samples of some streams, at most, without a graph."""
-        return self._run(self._forward, rows)
+        return self._run(self._forward, counts)
 
-    def cost(self, rows: Rows) -> Cost:
+    def cost(self, counts: SampleCounts) -> CallCost:
         """Bytes of one call with a graph, and of its backward pass."""
-        return self._run(self._cost, rows)
+        return self._run(self._cost, counts)
 
     def work(self, stream: Any) -> Work:
         """FLOPs of a stream: those of two samples, halved."""
         return self._run(self._work, {stream: 2})
 
-    def _run(self, look: Callable[..., Any], rows: Rows) -> Any:
-        """What `look` finds with a fake of the encoder and its inputs, once for the same ones."""
-        key = look.__name__, *rows.items()
+    def _run(self, measure: Callable[..., Any], counts: SampleCounts) -> Any:
+        """What is measured with a fake of the encoder and its inputs, once for the same ones."""
+        key = measure.__name__, *counts.items()
         if key not in self.remembered:
-            self.remembered[key] = self._look(look, rows)
+            self.remembered[key] = self._measured(measure, counts)
         return self.remembered[key]
 
-    def _look(self, look: Callable[..., Any], rows: Rows) -> Any:
-        step = _Step(self.model, look)
+    def _measured(self, measure: Callable[..., Any], counts: SampleCounts) -> Any:
+        task = _Task(self.model, measure)
         with in_mode(self.model, True), FakeTensorMode(allow_non_fake_inputs=True):
-            weights = {name: self._fake(tensor) for name, tensor in _tensors(step)}
-            inputs = {name: self._fake_inputs(self.parts[name], count) for name, count in rows.items()}
+            weights = {name: self._fake(tensor) for name, tensor in _tensors(task)}
+            inputs = {name: self._fake_inputs(self.parts[name], count) for name, count in counts.items()}
             try:
-                return torch.func.functional_call(step, weights, (inputs.get(None, inputs),))
+                return torch.func.functional_call(task, weights, (inputs.get(None, inputs),))
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise ValueError(
                     "expected an encoder whose steps depend on the shapes of its inputs, got one that looks at "
@@ -143,7 +130,7 @@ class DryRun:
             self._encode(encoder, inputs)
             return live.peak
 
-    def _cost(self, encoder: nn.Module, inputs: Inputs) -> Cost:
+    def _cost(self, encoder: nn.Module, inputs: Inputs) -> CallCost:
         with LiveBytes(_known(encoder, inputs)) as live:
             outputs = self._encode(encoder, inputs)
             graph, building = live.now, live.peak
@@ -153,7 +140,7 @@ class DryRun:
             outputs = self._encode(encoder, inputs)
             live.restart()
             _push(outputs)
-            return Cost(graph, building, live.peak - gradients, fresh, gradients)
+            return CallCost(graph, building, live.peak - gradients, fresh, gradients)
 
     def _work(self, encoder: nn.Module, inputs: Inputs) -> Work:
         # Apart from the bytes: the counter's hooks keep what checkpointing frees.
@@ -165,18 +152,18 @@ class DryRun:
         return Work(forward / 2, (counter.get_total_flops() - forward) / 2, shapes)
 
 
-class _Step(nn.Module):
+class _Task(nn.Module):
     """Something to do with an encoder, as a module, whose forward can be called with other weights.
 
     The backward pass has to be within it: checkpointed layers look their weights up again.
     """
 
-    def __init__(self, encoder: nn.Module, look: Callable[..., Any]) -> None:
+    def __init__(self, encoder: nn.Module, measure: Callable[..., Any]) -> None:
         super().__init__()
-        self.encoder, self.look = encoder, look
+        self.encoder, self.measure = encoder, measure
 
     def forward(self, inputs: Inputs) -> Any:
-        return self.look(self.encoder, inputs)
+        return self.measure(self.encoder, inputs)
 
 
 def _push(outputs: dict[Any, Tensor]) -> None:
@@ -189,12 +176,8 @@ def _push(outputs: dict[Any, Tensor]) -> None:
 
 
 def _known(encoder: nn.Module, inputs: Inputs) -> Iterator[Tensor]:
-    return chain(encoder.parameters(), encoder.buffers(), _input_tensors(inputs))
+    return chain(encoder.parameters(), encoder.buffers(), tensors_in(inputs))
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return chain(module.named_parameters(), module.named_buffers())
-
-
-def _input_tensors(inputs: Inputs) -> Iterator[Tensor]:
-    return (value for value in flatten(inputs) if isinstance(value, Tensor))

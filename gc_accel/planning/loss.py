@@ -20,19 +20,12 @@ TILES_AT_WORK = 2
 
 @dataclass(frozen=True)
 class LossCost:
-    """Of one rank and one batch.
+    """Of one rank and one batch."""
 
-    Args:
-        representations: bytes of one copy of all that this rank encodes.
-        workspace: bytes at most, beyond representations and their gradients.
-        flops: forward and backward.
-        sent: bytes that this rank sends, by what they are.
-    """
-
-    representations: int
-    workspace: int
-    flops: float
-    sent: dict[str, int]
+    representations: int  # bytes of one copy of all that this rank encodes
+    workspace: int  # bytes at most, beyond representations and their gradients
+    flops: float  # forward and backward
+    sent: dict[str, int]  # bytes that this rank sends, by what they are
 
 
 def loss_cost(shapes: Mapping[Any, tuple[int, ...]], batch_size: int, devices: int) -> LossCost:

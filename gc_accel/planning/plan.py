@@ -6,18 +6,24 @@ from dataclasses import asdict, dataclass
 from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
-import psutil
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from gc_accel.inputs.nested import Inputs
+from gc_accel.memory.budget import (
+    OPTIMIZER_COPIES,
+    activation_bytes,
+    check_budget,
+    device_memory,
+    is_fraction,
+)
 from gc_accel.memory.fitting import largest_chunk
+from gc_accel.memory.retention import Retain, check_retain
 from gc_accel.planning.dry_run import DryRun
-from gc_accel.planning.step import Parts, Retain, Step
+from gc_accel.planning.step import BytesByPart, StepCost
 from gc_accel.planning.table import table
 
-FILL = 0.9  # of the memory: the rest is for gaps between tensors, workspaces of kernels, the device's own
 TOLERANCE = 0.02  # more FLOPs than the least are worth a larger chunk
 SIZES = 4  # how many chunk sizes, from the largest that fits, to compare
 
@@ -44,7 +50,7 @@ class Plan:
     memory: int
     chunk_size: int
     retain: Retain
-    bytes: Parts
+    bytes: BytesByPart
     flops: dict[str, float]
     sent: dict[str, int]
     suggested_chunk_size: int
@@ -77,107 +83,84 @@ def plan(
     memory: int | None = None,
     *,
     chunk_size: int | Literal["auto"] | None = None,
-    retain: Retain | Literal["auto"] | None = None,
+    retain: Retain | None = None,
     autocast: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    optimizer_copies: int = 2,
+    optimizer_copies: int = OPTIMIZER_COPIES,
     memory_budget: float | None = None,
     forward_chunk_size: int | None = None,
 ) -> Plan:
     """What a step of `GradientCache` will cost. Nothing is computed: a model of any size takes seconds.
 
     Args:
-        model: an encoder as the cache takes it, with its weights or made under `torch.device("meta")`, and with
-            gradient checkpointing if the step will have it.
+        model: as the cache takes it, with weights or made under `torch.device("meta")`, checkpointing as in the step.
         sample: a chunk as the collator gives it, of any number of samples.
         batch_size: samples of the contrastive batch on one device.
         devices: number of processes, each with all weights.
-        memory: bytes of one device; None: what the accelerator has, or what is free of the host's.
+        memory: bytes of one device; None: what this process may have of the device that is here.
         chunk_size: None: the suggested one. "auto": about the largest that fits, as the cache measures it.
         retain: None or "auto": as many graphs as fit; with "auto" one at least, as the cache has it.
         autocast: dtype of mixed precision, such as `torch.bfloat16`.
-        device: where the step will run; None: where the weights are, the CPU for those on "meta". For one that
-            this machine does not have, such as "cuda", the CPU stands in, whose fused attention keeps as much.
+        device: where the step will run; None: where the weights are. The CPU stands in for one that is not here.
         optimizer_copies: tensors of a weight's size that the optimizer keeps of it: 2 for Adam.
-        memory_budget: of the cache: bytes for graphs that are retained, where their number is not given, and for a
-            chunk, where its size is not; or, up to 1, the fraction of `memory` to fill.
-        forward_chunk_size: of the cache: samples of a call of the first pass.
+        memory_budget, forward_chunk_size: of the cache; a budget up to 1 is a fraction of `memory`.
 
     Raises:
-        ValueError: sizes or memory below 1, a budget of 0, another `retain`; an encoder whose shapes depend on values;
-            None for the memory of a device that this machine does not have.
+        ValueError: sizes, memory, budget or `retain` that are none; an encoder whose shapes depend on values; no memory
+            given for a device that is not here.
 
-    Example:
-        >>> print(plan(encoder, collator([dataset[0]]), batch_size=4096, memory=24 * 2**30))
+    Example: `print(plan(encoder, collator([dataset[0]]), batch_size=4096, memory=24 * 2**30))`
     """
-    if min(batch_size, devices, chunk_size if isinstance(chunk_size, int) else 1) < 1:
-        raise ValueError(
-            f"expected sizes of at least 1, got a batch of {batch_size} on {devices} devices in chunks of {chunk_size}"
-        )
-    if memory is not None and memory < 1:
-        raise ValueError(f"expected memory in bytes, at least 1, got {memory}")
-    if not (retain in (None, "all", "auto") or (isinstance(retain, int) and retain >= 0)):
-        raise ValueError(f'expected retain to be "all", "auto" or a number of chunks from 0, got {retain!r}')
-    if memory_budget is not None and memory_budget <= 0:
-        raise ValueError(f"expected a memory_budget above 0, got {memory_budget}")
+    _check_sizes(batch_size, devices, chunk_size, memory)
+    check_retain(0 if retain is None else retain)
+    check_budget(memory_budget)
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     place = _device_of(model) if device is None else torch.device(device)
-    stand_in = place if torch.get_device_module(place).is_available() else torch.device("cpu")
-    encoder = DryRun(model, sample, stand_in, autocast)
-    step = Step(
-        encoder,
-        batch_size,
-        devices,
-        optimizer_copies,
-        on_host=place.type == "cpu",
-        forward_chunk_size=forward_chunk_size,
-    )
-    memory = _memory_of(place, devices) if memory is None else memory
-    room = _room(memory, memory_budget, for_chunk=not isinstance(chunk_size, int))
-    best_size, best_retain = suggest(step, room)
-    best_peak = step.peak(best_size or 1, best_retain)
-    if chunk_size == "auto":
-        chunk_size = largest_chunk(lambda size: room.taken(step, size, 0), room.total, batch_size)
-    size = chunk_size or best_size or 1
-    kept = most_retained(step, size, room) if retain is None or retain == "auto" else retain
-    if retain == "auto":
-        kept = kept or 1  # the cache always keeps one, which costs nothing
-    return Plan(
-        batch_size,
-        devices,
-        memory,
-        size,
-        kept,
-        step.memory(size, kept),
-        step.flops(size, kept),
-        step.sent(),
-        best_size,
-        best_retain,
-        best_peak,
-    )
+    run = DryRun(model, sample, _stand_in(place), autocast)
+    step = StepCost(run, batch_size, devices, optimizer_copies, place, forward_chunk_size)
+    return _plan(step, Room(memory or device_memory(place, devices), memory_budget), chunk_size, retain)
 
 
 class Room(NamedTuple):
-    """Bytes that a step may take: of a device, for retained graphs, for a chunk (`Step.peak_of_chunk`)."""
+    """Where a step has to fit: bytes of a device, and what activations may take of it (`memory/budget.py`)."""
 
-    total: float
-    graphs: float = math.inf
-    chunk: float = math.inf
+    memory: int
+    budget: float | None = None
 
-    def taken(self, step: Step, chunk_size: int, retain: Retain) -> float:
-        """What a step takes, as a part of `total`: of whichever it takes the largest part."""
-        return max(
-            step.peak(chunk_size, retain),
-            self.total * step.retained(chunk_size, retain) / self.graphs,
-            self.total * step.peak_of_chunk(chunk_size) / self.chunk,
-        )
+    def share(self, step: StepCost, chunk_size: int, retain: Retain) -> float:
+        """What a step takes of what it may take: 1 at most if it fits."""
+        filled = activation_bytes(self.budget if is_fraction(self.budget) else None, self.memory, 0)
+        limit = activation_bytes(self.budget, self.memory, step.besides(chunk_size, retain))
+        shares = [step.peak(chunk_size, retain) / filled]
+        shares.append(step.activations(chunk_size, retain) / limit if limit > 0 else math.inf)
+        return max(shares)
 
-    def has(self, step: Step, chunk_size: int, retain: Retain) -> bool:
+    def has(self, step: StepCost, chunk_size: int, retain: Retain) -> bool:
         """Whether a step fits."""
-        return self.taken(step, chunk_size, retain) <= self.total
+        return self.share(step, chunk_size, retain) <= 1
 
 
-def suggest(step: Step, room: Room) -> tuple[int, Retain]:
+def _plan(
+    step: StepCost, room: Room, chunk_size: int | Literal["auto"] | None, retain: Retain | None
+) -> Plan:
+    """The plan of a step with what is given, and what fits for the rest."""
+    suggested = suggest(step, room)
+    size = suggested[0] if chunk_size is None else chunk_size
+    if size == "auto":
+        size = largest_chunk(
+            lambda size: room.memory * room.share(step, size, 0), room.memory, step.batch_size
+        )
+    size = size or 1
+    if retain is None:
+        retain = most_retained(step, size, room)
+    elif retain == "auto":
+        retain = most_retained(step, size, room) or 1  # the cache always keeps one, which costs nothing
+    costs = step.memory(size, retain), step.flops(size, retain), step.sent()
+    suggestion = *suggested, step.peak(suggested[0] or 1, suggested[1])
+    return Plan(step.batch_size, step.devices, room.memory, size, retain, *costs, *suggestion)
+
+
+def suggest(step: StepCost, room: Room) -> tuple[int, Retain]:
     """The chunk and the number of retained graphs to take; a chunk of 0 if none fits.
 
     Retained graphs spare their chunks a second forward, and many small ones fill memory better than one large;
@@ -192,26 +175,25 @@ def suggest(step: Step, room: Room) -> tuple[int, Retain]:
     return max(option for option in options if flops[option] <= (1 + TOLERANCE) * least)
 
 
-def most_retained(step: Step, chunk_size: int, room: Room) -> Retain:
+def most_retained(step: StepCost, chunk_size: int, room: Room) -> Retain:
     """The largest number of graphs that fit, or "all"."""
     if room.has(step, chunk_size, "all"):
         return "all"
-    low, high = 0, -(-step.batch_size // chunk_size)  # fits, does not fit
+    chunks = -(-step.batch_size // chunk_size)
+    low, high = 0, chunks + (len(step.streams.trained) > 1)  # fits, does not fit
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if room.has(step, chunk_size, middle) else (low, middle)
     return low
 
 
-def _room(memory: int, budget: float | None, *, for_chunk: bool) -> Room:
-    """Of a device with a `memory_budget`, which may be one for the chunk."""
-    if budget is None:
-        return Room(FILL * memory)
-    return (
-        Room(budget * memory)
-        if budget <= 1
-        else Room(FILL * memory, budget, budget if for_chunk else math.inf)
-    )
+def _check_sizes(batch_size: int, devices: int, chunk_size: object, memory: int | None) -> None:
+    if min(batch_size, devices, chunk_size if isinstance(chunk_size, int) else 1) < 1:
+        raise ValueError(
+            f"expected sizes of at least 1, got a batch of {batch_size} on {devices} devices in chunks of {chunk_size}"
+        )
+    if memory is not None and memory < 1:
+        raise ValueError(f"expected memory in bytes, at least 1, got {memory}")
 
 
 def _sizes(batch_size: int) -> Iterator[int]:
@@ -228,14 +210,6 @@ def _device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if weight.device.type == "meta" else weight.device
 
 
-def _memory_of(device: torch.device, devices: int) -> int:
-    """Bytes of an accelerator, or the share of one process in what the host has free."""
-    if device.type == "cpu":
-        return psutil.virtual_memory().available // devices
-    if not torch.get_device_module(device).is_available():
-        raise ValueError(
-            f"expected the memory of a device that is not here, {device}, got None: pass its bytes"
-        )
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory()
-    return torch.get_device_module(device).get_device_properties(device).total_memory
+def _stand_in(device: torch.device) -> torch.device:
+    """The device itself, or the CPU for one that is not here, whose fused attention keeps as much."""
+    return device if torch.get_device_module(device).is_available() else torch.device("cpu")

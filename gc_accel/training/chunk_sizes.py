@@ -28,7 +28,7 @@ logger = logging.get_logger(__name__)
 
 
 class RunChunkSizes:
-    """What is known of them.
+    """The chunk sizes that are known, 0 before.
 
     Attributes:
         of_loader: samples of a chunk as it is cut from the data.
