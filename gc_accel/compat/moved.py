@@ -33,6 +33,7 @@ RENAMED = {
     "chunk_size": "memory.chunk_sizes",
     "chunking": "inputs.nested",
     "equivalence.joining": "inputs.joining",
+    "losses.inputs": "losses.checks",
     "numerics": "engine.checks",
     "training.planning": "programs.planning",
 }

@@ -6,12 +6,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gc_accel.distributed import GlobalLoss
-from gc_accel.losses.inputs import sample_views
+from gc_accel.losses.base import BatchLoss, open_views
 from gc_accel.losses.moments import squared_cross_moment
 
 
-class HSICLoss(GlobalLoss):
+class HSICLoss(BatchLoss):
     """Representations that depend on which sample they are of, and on little else:
 
         L = γ √HSIC(Z, Z) - HSIC(Z, Y)
@@ -50,7 +49,7 @@ class HSICLoss(GlobalLoss):
         redraw: bool = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(process_group=process_group)
         if features < 1 or scale <= 0:
             raise ValueError(
                 f"expected features of at least 1 and a scale above 0, got {features} and {scale}"
@@ -60,7 +59,6 @@ class HSICLoss(GlobalLoss):
         self.scale = scale
         self.seed = seed
         self.redraw = redraw
-        self.process_group = process_group
         # A count beside the seed, in checkpoints, so that a resumed run draws on where it stood.
         self.register_buffer("draws", torch.zeros((), dtype=torch.long), persistent=redraw)
 
@@ -74,7 +72,7 @@ class HSICLoss(GlobalLoss):
         Raises:
             ValueError: for another shape, and for a global batch of a single sample.
         """
-        views, batch = sample_views(self, views)
+        views, batch = open_views(self, views)
         generator = torch.Generator().manual_seed(self.seed + (int(self.draws) if self.redraw else 0))
         first, second = (random_features(views, generator, self.features, self.scale) for _ in range(2))
         if self.redraw and self.training:
@@ -91,7 +89,14 @@ class HSICLoss(GlobalLoss):
 
 
 def random_features(rows: Tensor, generator: torch.Generator, count: int, scale: float) -> Tensor:
-    """r of every row, `(..., D)` to `(..., count)`. Drawn on the host, so that all devices have the same."""
+    """The features r of rows `(..., D)`, `(..., count)`, drawn on the host so that all devices have the same.
+
+    Args:
+        rows: `(..., D)`.
+        generator: of the host; it moves on.
+        count: F.
+        scale: c.
+    """
     options: dict = {"generator": generator, "dtype": torch.float64}
     directions = torch.randn(count, rows.shape[-1], **options)
     lengths = torch.randn(count, 1, **options) / scale

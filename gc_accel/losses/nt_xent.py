@@ -3,7 +3,7 @@
 import torch.distributed as dist
 from torch import Tensor
 
-from gc_accel.losses.inputs import check_views
+from gc_accel.losses.checks import check_views
 from gc_accel.losses.kernel.tiling import DEFAULT_TILE_BUDGET
 from gc_accel.losses.multiview import MultiViewLoss
 

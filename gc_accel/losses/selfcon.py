@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gc_accel.losses.inputs import check_views
+from gc_accel.losses.checks import check_views
 from gc_accel.losses.kernel.tiling import DEFAULT_TILE_BUDGET
 from gc_accel.losses.multiview import MultiViewLoss
 
@@ -59,7 +59,7 @@ class SelfConLoss(MultiViewLoss):
         Raises:
             ValueError: for other shapes.
         """
-        backbones = 2 if self.selfcon_m_FG else 1 if self.selfcon_s_FG else 0  # that are no anchors
+        backbones = 2 if self.selfcon_m_FG else 1 if self.selfcon_s_FG else 0  # views that are no anchors
         check_views(views, at_least=2 if backbones else 1)
         if self.selfcon_m_FG:
             views = _crops_as_features(views)

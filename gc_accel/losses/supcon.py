@@ -5,7 +5,7 @@ from typing import Literal
 import torch.distributed as dist
 from torch import Tensor
 
-from gc_accel.losses.inputs import check_option, check_views
+from gc_accel.losses.checks import check_option, check_views
 from gc_accel.losses.kernel.tiling import DEFAULT_TILE_BUDGET
 from gc_accel.losses.multiview import MultiViewLoss, Orphans, Variant
 

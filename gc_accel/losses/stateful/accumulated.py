@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gc_accel.distributed import GlobalLoss, RankedBatch
-from gc_accel.losses.inputs import full_precision
+from gc_accel.losses.checks import full_precision
 from gc_accel.losses.stateful.momentum import MomentumEncoder
 
 Reps = Mapping[str, Tensor]

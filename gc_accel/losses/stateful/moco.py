@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gc_accel.distributed import RankedBatch
-from gc_accel.losses.inputs import check_views
+from gc_accel.losses.checks import check_above_zero, check_views
 from gc_accel.losses.kernel.streaming import logsumexp_over_pairs
 from gc_accel.losses.kernel.tiling import DEFAULT_TILE_BUDGET
 from gc_accel.losses.stateful.accumulated import AccumulatedLoss, Reps
@@ -19,7 +19,7 @@ from gc_accel.losses.stateful.queue import Queue
 
 
 class Keys(NamedTuple):
-    """What the queries of a batch are compared with, by the view of the key."""
+    """The keys with which the queries of a batch are compared, by the view of the key."""
 
     positives: Tensor  # (B, 2, D)
     candidates: Tensor  # (N or Q, 2, D)
@@ -57,8 +57,7 @@ class MoCoLoss(AccumulatedLoss):
         tile_budget: int = DEFAULT_TILE_BUDGET,
     ) -> None:
         super().__init__(teacher=teacher, process_group=process_group)
-        if temperature <= 0:
-            raise ValueError(f"expected a temperature above 0, got {temperature}")
+        check_above_zero("a temperature", temperature)
         self.temperature = temperature
         self.tile_budget = tile_budget
         self.regime = "C" if queue_size else "B"
@@ -86,7 +85,7 @@ class MoCoLoss(AccumulatedLoss):
             self.queue.push(self.everywhere(reps["views"]).flatten(0, 1))
 
     def _cross_entropy(self, queries: Tensor, positives: Tensor, candidates: Tensor) -> Tensor:
-        """Of each query `(C, D)` against its positive and all candidates, `(C,)`."""
+        """The cross-entropy `(C,)` of each query `(C, D)`, from its positive `(C, D)` and candidates `(N or Q, D)`."""
         scale = queries.new_full((1,), 1 / self.temperature)
         total = logsumexp_over_pairs(queries, candidates, scale, None, tile_budget=self.tile_budget)
         positive = scale * (queries * positives).sum(1)

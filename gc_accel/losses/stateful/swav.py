@@ -5,13 +5,14 @@ queue, D dim.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from gc_accel.distributed import RankedBatch
-from gc_accel.losses.inputs import check_views
+from gc_accel.losses.checks import check_views
 from gc_accel.losses.stateful.accumulated import AccumulatedLoss, Reps, output_of
 from gc_accel.losses.stateful.queue import Queue
 
@@ -100,38 +101,33 @@ class SwAVLoss(AccumulatedLoss):
 
     def targets(self, reps: Reps, batch: RankedBatch) -> Tensor:
         """Codes `(B, A, K)`."""
-        scores = self._checked(reps)
-        queued = self._queued().to(scores) if self.queue is not None and self.queue.is_full else None
+        scores = self._scores(reps)
+        queued = self._queued_scores().to(scores) if self.queue is not None and self.queue.is_full else None
+        assign = partial(sinkhorn, batch=batch, epsilon=self.epsilon, iterations=self.iterations)
         codes = [
-            sinkhorn(
-                scores[:, view],
-                batch,
-                queued=None if queued is None else queued[:, view],
-                epsilon=self.epsilon,
-                iterations=self.iterations,
-            )
+            assign(scores[:, view], queued=None if queued is None else queued[:, view])
             for view in range(self.assigned)
         ]
         return torch.stack(codes, 1)
 
     def per_sample(self, reps: Reps, targets: Tensor, rows: slice) -> Tensor:
-        log_shares = (self._checked(reps) / self.temperature).log_softmax(2)  # (C, V, K)
+        log_shares = (self._scores(reps) / self.temperature).log_softmax(2)  # (C, V, K)
         entropies = -torch.einsum("cak,cvk->cav", targets[rows], log_shares)
-        own = torch.eye(self.assigned, log_shares.shape[1], dtype=torch.bool, device=log_shares.device)
-        return entropies.masked_fill(own, 0).sum(2).mean(1) / (log_shares.shape[1] - 1)
+        is_same_view = torch.eye(*entropies.shape[1:], dtype=torch.bool, device=entropies.device)
+        return entropies.masked_fill(is_same_view, 0).sum(2).mean(1) / (log_shares.shape[1] - 1)
 
     def update(self, reps: Reps) -> None:
         if self.queue is not None:
             self.queue.push(self.everywhere(reps["views"][:, : self.assigned]))
 
-    def _checked(self, reps: Reps) -> Tensor:
-        """Scores `(B, V, K)`."""
+    def _scores(self, reps: Reps) -> Tensor:
+        """The checked scores `(B, V, K)` among the outputs of the encoder."""
         scores = output_of(reps, "scores", "prototypes")
         check_views(scores, at_least=max(2, self.assigned))
         return scores
 
-    def _queued(self) -> Tensor:
-        """Scores `(Q, A, K)` of the queue, by the prototypes as they are now."""
+    def _queued_scores(self) -> Tensor:
+        """The scores `(Q, A, K)` of the queue, by the prototypes as they are now."""
         assert self.queue is not None
         (prototypes,) = self.prototypes
         assert prototypes is not None, "the constructor saw them"
