@@ -3,12 +3,11 @@
 import math
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from gc_accel.distributed import RankedBatch
 from gc_accel.losses import statistics
-from gc_accel.losses.base import TiledLoss, open_views
+from gc_accel.losses.base import Group, TiledLoss, open_views
 from gc_accel.losses.checks import check_above_zero
 from gc_accel.losses.kernel.pairs import Pairs
 from gc_accel.losses.kernel.streaming import logsumexp_over_pairs
@@ -39,14 +38,12 @@ class AlignUniformLoss(TiledLoss):
         t: float = 2.0,
         *,
         uniformity: float = 1.0,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: Group = None,
         tile_budget: int = DEFAULT_TILE_BUDGET,
     ) -> None:
         super().__init__(process_group=process_group, tile_budget=tile_budget)
         check_above_zero("alpha and t", alpha, t)
-        self.alpha = alpha
-        self.t = t
-        self.uniformity = uniformity
+        self.alpha, self.t, self.uniformity = alpha, t, uniformity
 
     def forward(self, views: Tensor, labels: Tensor | None = None) -> Tensor:
         """The loss of the global batch, 0-d.

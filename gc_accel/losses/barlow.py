@@ -1,9 +1,8 @@
 """Barlow Twins (Zbontar et al. 2021, arXiv 2103.03230, equation 1)."""
 
-import torch.distributed as dist
 from torch import Tensor
 
-from gc_accel.losses.base import BatchLoss, open_views
+from gc_accel.losses.base import BatchLoss, Group, open_views
 from gc_accel.losses.moments import centred, gathered_sum, squared_cross_moment
 
 
@@ -21,12 +20,9 @@ class BarlowTwinsLoss(BatchLoss):
         process_group: ranks whose batches make up the global batch; None is the default group.
     """
 
-    def __init__(
-        self, redundancy: float = 5e-3, *, eps: float = 1e-5, process_group: dist.ProcessGroup | None = None
-    ) -> None:
+    def __init__(self, redundancy: float = 5e-3, *, eps: float = 1e-5, process_group: Group = None) -> None:
         super().__init__(process_group=process_group)
-        self.redundancy = redundancy
-        self.eps = eps
+        self.redundancy, self.eps = redundancy, eps
 
     def forward(self, views: Tensor, labels: Tensor | None = None) -> Tensor:
         """The loss of the global batch, 0-d.

@@ -13,6 +13,8 @@ from gc_accel.distributed import GlobalLoss, RankedBatch
 from gc_accel.losses.checks import check_above_zero, check_views, full_precision
 from gc_accel.losses.kernel.tiling import DEFAULT_TILE_BUDGET
 
+Group = dist.ProcessGroup | None
+
 
 class BatchLoss(GlobalLoss):
     """A loss of the global batch, which consists of the batches of all ranks of a process group.
@@ -20,11 +22,10 @@ class BatchLoss(GlobalLoss):
     Args:
         process_group: ranks whose batches make up the global batch; None is the default group.
 
-    Attributes:
-        statistics: of the latest call, 0-d by name; empty for a loss that has none.
+    `statistics` has what the latest call notes for the logs, 0-d by name: nothing, for some losses.
     """
 
-    def __init__(self, *, process_group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, *, process_group: Group = None) -> None:
         super().__init__()
         self.process_group = process_group
         self.statistics: dict[str, Tensor] = {}
@@ -34,12 +35,9 @@ class TiledLoss(BatchLoss):
     """A loss over all pairs of the global batch, whose logits exist a tile at a time.
 
     Args:
-        temperature: T, above 0, for a loss that has one.
+        temperature: T, for a loss that has one; ValueError is raised unless it is above 0.
         process_group: ranks whose batches make up the global batch; None is the default group.
         tile_budget: bytes of logits kept for the backward pass instead of computed twice.
-
-    Raises:
-        ValueError: if there is a temperature that is not above 0.
     """
 
     temperature: float
@@ -48,7 +46,7 @@ class TiledLoss(BatchLoss):
         self,
         temperature: float | None = None,
         *,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: Group = None,
         tile_budget: int = DEFAULT_TILE_BUDGET,
     ) -> None:
         super().__init__(process_group=process_group)
@@ -59,26 +57,18 @@ class TiledLoss(BatchLoss):
 
 
 def open_batch(loss: Any, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors in full precision, and last the global batch that the rows of the first are part of.
+    """Tensors `(B, ...)` of this rank in full precision, then the global batch that those rows are part of.
 
-    Args:
-        loss: has a `process_group`.
-        tensors: of this rank, the first `(B, ...)`; None stays None.
+    The loss has a `process_group`. The first tensor counts the rows; any other may have any shape, or be None.
     """
     first, *others = full_precision(*tensors)
     return first, *others, RankedBatch(len(first), first.device, loss.process_group)
 
 
 def open_views(loss: Any, views: Tensor, *, at_most: int | None = None) -> tuple[Tensor, RankedBatch]:
-    """At least two views of each sample in full precision, and the global batch that they are part of.
+    """From 2 to `at_most` views `(B, V, D)` of this rank in full precision, and their global batch.
 
-    Args:
-        loss: has a `process_group`.
-        views: `(B, V, D)`, of this rank.
-        at_most: largest V.
-
-    Raises:
-        ValueError: for another shape, and for a global batch of a single sample, which has no negatives.
+    Raises ValueError for another shape, and for a global batch of a single sample, which has no negatives.
     """
     check_views(views, at_least=2, at_most=at_most)
     views, batch = open_batch(loss, views)
@@ -89,5 +79,5 @@ def open_views(loss: Any, views: Tensor, *, at_most: int | None = None) -> tuple
 
 
 def gather_labels(labels: Tensor | None, batch: RankedBatch, device: torch.device) -> Tensor:
-    """The labels `(N,)` of the global batch from those of this rank `(B,)`; without any, one for each sample."""
+    """Labels `(N,)` of the global batch from those of this rank `(B,)`; without any, one for each sample."""
     return torch.arange(batch.total, device=device) if labels is None else batch.gather(labels)

@@ -3,12 +3,10 @@
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from gc_accel.distributed import RankedBatch
 from gc_accel.losses import statistics
-from gc_accel.losses.base import TiledLoss, gather_labels, open_batch
+from gc_accel.losses.base import Group, TiledLoss, gather_labels, open_batch
 from gc_accel.losses.checks import check_option, check_pairs
 from gc_accel.losses.kernel.pairs import Pairs
 from gc_accel.losses.kernel.streaming import logsumexp_both_ways
@@ -46,7 +44,7 @@ class CLIPLoss(TiledLoss):
         self,
         *,
         duplicates: Duplicates = "attract",
-        process_group: dist.ProcessGroup | None = None,
+        process_group: Group = None,
         tile_budget: int = DEFAULT_TILE_BUDGET,
     ) -> None:
         super().__init__(process_group=process_group, tile_budget=tile_budget)
@@ -76,15 +74,10 @@ class CLIPLoss(TiledLoss):
             ValueError: if shapes do not pair up.
         """
         check_pairs(image, text, labels, negatives)
-        image, text, logit_scale, negatives, batch = open_batch(self, image, text, logit_scale, negatives)
+        image, text, logit_scale, batch = open_batch(self, image, text, logit_scale)
         texts, classes = batch.gather(text), gather_labels(labels, batch, image.device)
         candidates, candidate_classes = self._candidates(texts, classes, negatives)
-        pairs = None
-        if labels is not None and self.duplicates == "mask":
-            ids, anchor_classes = torch.arange(len(candidates), device=image.device), classes[batch.own]
-            pairs = Pairs(
-                ids[batch.own], ids, anchor_classes, candidate_classes, classes="other", equal_ids="in"
-            )
+        pairs = self._pairs(batch.own, classes, candidate_classes) if labels is not None else None
         sums = logsumexp_both_ways(
             image, candidates, logit_scale, start=batch.start, pairs=pairs, tile_budget=self.tile_budget
         )
@@ -102,11 +95,16 @@ class CLIPLoss(TiledLoss):
         return loss if logit_bias is None else loss + 0 * logit_bias.sum()
 
     def _candidates(self, texts: Tensor, classes: Tensor, negatives: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The texts `(N, D)` of the global batch and the negatives `(H, D)` of all ranks, and their classes.
-
-        The classes are those of the texts, `(N,)`, and one more for all negatives.
-        """
+        """Texts `(N, D)` and classes `(N,)` of the global batch, with all ranks' negatives, a class of their own."""
         if negatives is None:
             return texts, classes
-        others = RankedBatch(len(negatives), negatives.device, self.process_group).gather(negatives)
-        return torch.cat((texts, others)), torch.cat((classes, (classes.max() + 1).expand(len(others))))
+        negatives, batch = open_batch(self, negatives)
+        others, other_class = batch.gather(negatives), (classes.max() + 1).expand(batch.total)
+        return torch.cat((texts, others)), torch.cat((classes, other_class))
+
+    def _pairs(self, local: slice, classes: Tensor, candidate_classes: Tensor) -> Pairs | None:
+        """Pairs of this rank's images, at `local` in the global batch, and candidates, less duplicates to mask."""
+        if self.duplicates != "mask":
+            return None
+        ids = torch.arange(len(candidate_classes), device=classes.device)
+        return Pairs(ids[local], ids, classes[local], candidate_classes, classes="other", equal_ids="in")

@@ -1,12 +1,11 @@
 """Decoupled contrastive learning (Yeh et al. 2021, arXiv 2110.06848, equation 6): no positive below the line."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from gc_accel.distributed import RankedBatch
 from gc_accel.losses import statistics
-from gc_accel.losses.base import TiledLoss, open_views
+from gc_accel.losses.base import Group, TiledLoss, open_views
 from gc_accel.losses.checks import check_above_zero
 from gc_accel.losses.kernel.pairs import Pairs
 from gc_accel.losses.kernel.streaming import logsumexp_over_pairs
@@ -31,11 +30,7 @@ class DCLLoss(TiledLoss):
     most_views: int | None = None
 
     def __init__(
-        self,
-        temperature: float = 0.1,
-        *,
-        process_group: dist.ProcessGroup | None = None,
-        tile_budget: int = DEFAULT_TILE_BUDGET,
+        self, temperature: float = 0.1, *, process_group: Group = None, tile_budget: int = DEFAULT_TILE_BUDGET
     ) -> None:
         super().__init__(temperature, process_group=process_group, tile_budget=tile_budget)
 
@@ -74,11 +69,9 @@ class DCLWLoss(DCLLoss):
         w_i = 2 - B · softmax_i(z_i.z_p(i)/sigma)
 
     Args:
-        temperature: T, above 0.
+        temperature, process_group, tile_budget: as in `DCLLoss`.
         sigma: above 0, how soon the weights level out.
         detach_weight: take the weights as constants, as lightly does. The authors' code does not.
-        process_group: ranks whose batches make up the global batch; None is the default group.
-        tile_budget: bytes of logits kept for the backward pass instead of computed twice.
     """
 
     most_views = 2
@@ -89,13 +82,12 @@ class DCLWLoss(DCLLoss):
         sigma: float = 0.5,
         *,
         detach_weight: bool = False,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: Group = None,
         tile_budget: int = DEFAULT_TILE_BUDGET,
     ) -> None:
         super().__init__(temperature, process_group=process_group, tile_budget=tile_budget)
         check_above_zero("sigma", sigma)
-        self.sigma = sigma
-        self.detach_weight = detach_weight
+        self.sigma, self.detach_weight = sigma, detach_weight
 
     def _weights(self, batch: RankedBatch, views: Tensor) -> Tensor:
         similarity = (views[:, 0] * views[:, 1]).sum(1, keepdim=True) / self.sigma

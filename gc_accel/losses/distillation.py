@@ -13,10 +13,9 @@ Shape letters: B pairs of this rank, N pairs of all ranks, D dim of the student,
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from gc_accel.losses.base import TiledLoss, open_batch
+from gc_accel.losses.base import Group, TiledLoss, open_batch
 from gc_accel.losses.checks import check_pairs
 from gc_accel.losses.kernel.eager import Gradient, with_gradients
 from gc_accel.losses.kernel.streaming import logsumexp_both_ways
@@ -44,7 +43,7 @@ class DistillationLoss(TiledLoss):
         self,
         teacher_scale: float = 100.0,
         *,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: Group = None,
         tile_budget: int = DEFAULT_TILE_BUDGET,
     ) -> None:
         super().__init__(process_group=process_group, tile_budget=tile_budget)
@@ -85,11 +84,8 @@ class DistillationLoss(TiledLoss):
             teacher = logsumexp_both_ways(teacher_image, teacher_texts, scale, start=batch.start)
             teacher_by_text = batch.logsumexp(teacher.by_column)
         by_text = (batch.logsumexp(student.by_column) - teacher_by_text)[batch.own]
-        weighted = _weighted_difference(
-            (image, texts, logit_scale),
-            (teacher_image, teacher_texts, scale),
-            (teacher.by_row, teacher_by_text),
-        )
+        factors = (image, texts, logit_scale), (teacher_image, teacher_texts, scale)
+        weighted = _weighted_difference(*factors, (teacher.by_row, teacher_by_text))
         loss = weighted + (student.by_row - teacher.by_row).sum() + by_text.sum()
         loss = batch.sum(loss / (2 * batch.total))
         return loss if logit_bias is None else loss + 0 * logit_bias.sum()

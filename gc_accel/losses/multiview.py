@@ -21,11 +21,10 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from gc_accel.losses import statistics
-from gc_accel.losses.base import TiledLoss, gather_labels, open_batch
+from gc_accel.losses.base import Group, TiledLoss, gather_labels, open_batch
 from gc_accel.losses.checks import check_above_zero, check_option
 from gc_accel.losses.kernel.classes import attraction, classes_of
 from gc_accel.losses.kernel.eager import Gradient, with_gradients
@@ -44,13 +43,7 @@ class MultiViewLoss(TiledLoss):
     reduce-scatter of their gradients. On a single one, anchors that are all rows need half of the products.
 
     Args:
-        temperature: T, above 0.
-        base_temperature: T_base, above 0; None: T, so that nothing is rescaled.
-        variant: positives outside of the logarithm, "out", or inside, "in".
-        orphans: what becomes of anchors without a positive: "zero" and counted in the mean, "exclude" from
-            the mean (0 if nothing is left), or "error".
-        process_group: ranks whose batches make up the global batch; None is the default group.
-        tile_budget: bytes of logits kept for the backward pass instead of computed twice.
+        temperature, base_temperature, variant, orphans, process_group, tile_budget: as in `SupConLoss`.
 
     `statistics` has `positive_similarity` and `negative_similarity` of the latest call, 0-d: the means over
     all pairs of views of one class and of two.
@@ -63,7 +56,7 @@ class MultiViewLoss(TiledLoss):
         base_temperature: float | None = None,
         variant: Variant = "out",
         orphans: Orphans = "zero",
-        process_group: dist.ProcessGroup | None = None,
+        process_group: Group = None,
         tile_budget: int = DEFAULT_TILE_BUDGET,
     ) -> None:
         base_temperature = temperature if base_temperature is None else base_temperature
@@ -71,9 +64,7 @@ class MultiViewLoss(TiledLoss):
         super().__init__(temperature, process_group=process_group, tile_budget=tile_budget)
         check_option("variant", variant, Variant)
         check_option("orphans", orphans, Orphans)
-        self.base_temperature = base_temperature
-        self.variant = variant
-        self.orphans = orphans
+        self.base_temperature, self.variant, self.orphans = base_temperature, variant, orphans
 
     def contrast(self, views: Tensor, labels: Tensor | None, anchored: int) -> Tensor:
         """The loss of the global batch, 0-d.
@@ -140,19 +131,11 @@ class MultiViewLoss(TiledLoss):
             halved = len(rows) == len(columns)
             pairs = Pairs(row_ids, column_ids, row_classes, column_classes, above_diagonal=halved)
             logits, gradients = Logits(rows, columns, scale, pairs), (row_grad, column_grad)
-            total += sum_of_logsumexps(logits, _rows(weights, place), gradients, tile_budget=self.tile_budget)
+            total += sum_of_logsumexps(logits, _rows(weights, place), gradients, self.tile_budget)
         return total
 
     def _count(self, positives: Tensor, anchored: int) -> Tensor | int:
-        """The number of anchors in the mean.
-
-        Args:
-            positives: `(N,)`, how many each view of a sample has.
-            anchored: how many views of each sample are anchors.
-
-        Raises:
-            ValueError: if there are orphans and they are an "error".
-        """
+        """The number of anchors in the mean, from the number of positives `(N,)` of each view of a sample."""
         if self.orphans == "exclude":
             return (positives > 0).sum().clamp(min=1) * anchored
         if self.orphans == "error" and (count := int((positives == 0).sum()) * anchored):

@@ -7,11 +7,10 @@ Shape letters: B questions of this rank, P passages of each, N passages of the g
 """
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from gc_accel.losses.base import TiledLoss, open_batch
+from gc_accel.losses.base import Group, TiledLoss, open_batch
 from gc_accel.losses.kernel.pairs import Pairs
 from gc_accel.losses.kernel.streaming import logsumexp_over_pairs
 from gc_accel.losses.kernel.tiling import DEFAULT_TILE_BUDGET
@@ -32,16 +31,13 @@ class RetrievalLoss(TiledLoss):
         temperature: T, above 0. Fixed, so that an encoder of transformers is all that has to be saved.
         process_group: ranks whose batches make up the global batch; None is the default group.
         tile_budget: bytes of logits kept for the backward pass instead of computed twice.
-
-    Raises:
-        ValueError: for another temperature.
     """
 
     def __init__(
         self,
         temperature: float = 0.05,
         *,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: Group = None,
         tile_budget: int = DEFAULT_TILE_BUDGET,
     ) -> None:
         super().__init__(temperature, process_group=process_group, tile_budget=tile_budget)

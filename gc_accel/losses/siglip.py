@@ -7,7 +7,7 @@ from gc_accel.losses import statistics
 from gc_accel.losses.base import BatchLoss, gather_labels, open_batch
 from gc_accel.losses.checks import check_pairs
 from gc_accel.losses.kernel.sigmoid import Positives, sigmoid_cross_entropy
-from gc_accel.losses.kernel.tiling import RowSummary
+from gc_accel.losses.kernel.tiling import RowStats
 from gc_accel.losses.statistics import Similarities, similarities_within
 
 
@@ -35,15 +35,13 @@ class SigLIPLoss(BatchLoss):
         """The loss of the global batch, 0-d; arguments and errors as in `CLIPLoss.forward`."""
         check_pairs(image, text, labels)
         image, text, logit_scale, logit_bias, batch = open_batch(self, image, text, logit_scale, logit_bias)
-        texts, summary = batch.gather(text), RowSummary(image, batch.start)
+        texts, stats = batch.gather(text), RowStats(image, batch.start)
         classes = gather_labels(labels, batch, image.device)
-        positives = Positives(batch.start)
-        if labels is not None:
-            positives = Positives(batch.start, labels, classes)
-        total = sigmoid_cross_entropy(image, texts, logit_scale, logit_bias, positives, summary)
-        similarities = Similarities(summary.diagonal / logit_scale, torch.ones_like(summary.diagonal))
+        positives = Positives(batch.start, labels, classes)
+        total = sigmoid_cross_entropy(image, texts, logit_scale, logit_bias, positives, stats)
+        similarities = Similarities(stats.diagonal / logit_scale, torch.ones_like(stats.diagonal))
         if labels is not None:
             similarities = similarities_within(image.detach(), texts.detach(), classes, batch)
-        hits = classes[summary.nearest] == classes[batch.own]
+        hits = classes[stats.nearest] == classes[batch.own]
         self.statistics = statistics.of_pairs(batch, image, texts, hits, similarities, similarities)
         return batch.sum(total / batch.total)

@@ -1,10 +1,9 @@
 """The spectral contrastive loss (HaoChen et al. 2021, arXiv 2106.04156, equation 6)."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from gc_accel.losses.base import BatchLoss, open_views
+from gc_accel.losses.base import BatchLoss, Group, open_views
 from gc_accel.losses.checks import check_above_zero
 from gc_accel.losses.moments import squared_similarities
 
@@ -22,7 +21,7 @@ class SpectralLoss(BatchLoss):
         process_group: ranks whose batches make up the global batch; None is the default group.
     """
 
-    def __init__(self, mu: float = 1.0, *, process_group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, mu: float = 1.0, *, process_group: Group = None) -> None:
         super().__init__(process_group=process_group)
         check_above_zero("mu", mu)
         self.mu = mu

@@ -1,9 +1,8 @@
 """Variance-invariance-covariance regularisation (Bardes et al. 2022, arXiv 2105.04906, equation 6)."""
 
-import torch.distributed as dist
 from torch import Tensor
 
-from gc_accel.losses.base import BatchLoss, open_views
+from gc_accel.losses.base import BatchLoss, Group, open_views
 from gc_accel.losses.moments import centred, squared_cross_moment
 
 
@@ -29,12 +28,10 @@ class VICRegLoss(BatchLoss):
         covariance: float = 1.0,
         *,
         eps: float = 1e-4,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: Group = None,
     ) -> None:
         super().__init__(process_group=process_group)
-        self.invariance = invariance
-        self.variance = variance
-        self.covariance = covariance
+        self.invariance, self.variance, self.covariance = invariance, variance, covariance
         self.eps = eps
 
     def forward(self, views: Tensor, labels: Tensor | None = None) -> Tensor:

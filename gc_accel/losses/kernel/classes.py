@@ -76,15 +76,7 @@ def attraction(views: Tensor, classes: Classes, weights: Tensor, gradient: Tenso
 
 
 def _classes_in_parts(classes: Classes, views: int) -> Iterator[tuple[int, list[tuple[Tensor, Tensor]]]]:
-    """The classes, some at a time: how many they are, and their samples, some at a time.
-
-    Args:
-        classes: of the B samples.
-        views: V.
-
-    Yields:
-        the number of classes, and pairs `(n,)`, `(n,)` of samples and of the class that each has among these.
-    """
+    """The classes, some at a time: their number, and their samples, some at a time, each with its class among these."""
     order = classes.which.argsort(stable=True)
     for sizes in classes.sizes.split(CLASSES_AT_ONCE):
         members, order = order.tensor_split([int(sizes.sum())])

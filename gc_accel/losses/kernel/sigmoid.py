@@ -16,7 +16,7 @@ from gc_accel.losses.kernel.eager import Gradient, with_gradients
 from gc_accel.losses.kernel.tiling import (
     Gradients,
     Place,
-    RowSummary,
+    RowStats,
     diagonal_of,
     exact_sum,
     logits_of,
@@ -25,17 +25,11 @@ from gc_accel.losses.kernel.tiling import (
 
 
 class Positives(NamedTuple):
-    """Which pairs are positives: row i and column start + i or, given labels, all pairs of one label.
-
-    Args:
-        start: the column that belongs to the first row.
-        row_labels: `(R,)`, or None.
-        column_labels: `(C,)`, or None.
-    """
+    """Which pairs are positives: row i and column start + i or, given labels of rows, all pairs of one label."""
 
     start: int
-    row_labels: Tensor | None = None
-    column_labels: Tensor | None = None
+    row_labels: Tensor | None = None  # (R,)
+    column_labels: Tensor | None = None  # (C,)
 
     def negated(self, tile: Tensor, at: Place) -> Tensor:
         """The tile `(r, c)` with the sign of its positives changed, in place where there are no labels."""
@@ -46,12 +40,7 @@ class Positives(NamedTuple):
 
 
 def sigmoid_cross_entropy(
-    rows: Tensor,
-    columns: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    positives: Positives,
-    summary: RowSummary,
+    rows: Tensor, columns: Tensor, scale: Tensor, bias: Tensor | None, positives: Positives, stats: RowStats
 ) -> Tensor:
     """Sum over all pairs of -log sigmoid(s) for positives, of -log sigmoid(-s) for the others; 0-d.
 
@@ -61,7 +50,7 @@ def sigmoid_cross_entropy(
         scale: `(1,)`, multiplies the products.
         bias: `(1,)` or None, is added to them.
         positives: which pairs are positives.
-        summary: takes in the logits, without the bias.
+        stats: of the rows; takes in the logits, without the bias.
     """
 
     def compute(inputs: tuple[Any, ...], needed: tuple[bool, ...]) -> tuple[Tensor, tuple[Gradient, ...]]:
@@ -69,7 +58,7 @@ def sigmoid_cross_entropy(
         gradients, total = Gradients(rows, columns, scale, needed), exact_sum(rows.new_zeros(0))
         for at in tiles(len(rows), len(columns)):
             logits = logits_of(rows, columns, scale, at)
-            summary.add(at, logits)
+            stats.add(at, logits)
             if bias is not None:
                 logits += bias
             # -log sigmoid(x) = softplus(-x), and softplus has the derivative sigmoid. Beyond the threshold

@@ -28,7 +28,7 @@ from gc_accel.losses.kernel.tiling import (
     Gradients,
     Logits,
     Place,
-    RowSummary,
+    RowStats,
     add_gradients,
     diagonal_of,
     exact_sum,
@@ -88,11 +88,7 @@ def logsumexp_over_pairs(
 
 
 def sum_of_logsumexps(
-    logits: Logits,
-    weights: Tensor,
-    gradients: tuple[Gradient, Gradient] = (None, None),
-    *,
-    tile_budget: int = DEFAULT_TILE_BUDGET,
+    logits: Logits, weights: Tensor, gradients: tuple[Gradient, Gradient], tile_budget: int
 ) -> Tensor:
     """sum_i w_i LSE_i over the rows, 0-d, and its gradient, which is computed as soon as the sums are there.
 
@@ -128,15 +124,15 @@ class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tile_budget: int, *of_logits: Any) -> tuple[Tensor | None, ...]:
         logits = Logits(*of_logits)
-        ctx.sums, kept, summary = _forward_pass(logits, tile_budget if any(ctx.needs_input_grad) else 0)
+        ctx.sums, kept, stats = _forward_pass(logits, tile_budget if any(ctx.needs_input_grad) else 0)
         ctx.kept_at, ctx.pairs, ctx.start = list(kept), logits.pairs, logits.start
         # Not as an attribute: kept tiles shall go with the backward pass, not with the loss.
         ctx.save_for_backward(*logits[:3], *kept.values())
         by_row, by_column = ctx.sums.totals()
-        if summary is None:
+        if stats is None:
             return (by_row,)
-        ctx.mark_non_differentiable(summary.nearest)
-        return by_row, by_column, summary.diagonal, summary.nearest
+        ctx.mark_non_differentiable(stats.nearest)
+        return by_row, by_column, stats.diagonal, stats.nearest
 
     @staticmethod
     @once_differentiable
@@ -152,16 +148,8 @@ class _LogSumExp(torch.autograd.Function):
             return None, *gradients.finish()[:3], None, None
 
 
-def _forward_pass(logits: Logits, budget: int) -> tuple[Sums, Kept, RowSummary | None]:
-    """Sum up the tiles with one shift or, where that would lose something, again with running maxima.
-
-    Args:
-        logits: over which to sum.
-        budget: bytes of tiles to keep.
-
-    Returns:
-        the sums, the tiles that were kept, and a summary of the rows if they belong to columns.
-    """
+def _forward_pass(logits: Logits, budget: int) -> tuple[Sums, Kept, RowStats | None]:
+    """The sums with one shift or, where that would lose something, with running maxima; the rest as `_sum_tiles`."""
     rows, columns, scale = logits[:3]
     directions = {"halved": logits.halved, "both": logits.start is not None}
     shifted = FixedShift(rows, columns, scale, **directions)
@@ -173,38 +161,26 @@ def _forward_pass(logits: Logits, budget: int) -> tuple[Sums, Kept, RowSummary |
     return maxima, *_sum_tiles(maxima, logits, budget)
 
 
-def _sum_tiles(sums: Sums, logits: Logits, budget: int) -> tuple[Kept, RowSummary | None]:
-    """Add all tiles to `sums`; returns those that fit the budget, in bytes, and a summary of the rows."""
+def _sum_tiles(sums: Sums, logits: Logits, budget: int) -> tuple[Kept, RowStats | None]:
+    """Add all tiles to `sums`; returns those that fit the budget, in bytes, and statistics of the rows."""
     kept: Kept = {}
-    summary = None if logits.start is None else RowSummary(logits.rows, logits.start)
+    stats = None if logits.start is None else RowStats(logits.rows, logits.start)
     for at in logits.places():
         tile = logits.tile(at)
-        if summary is not None:
-            summary.add(at, tile)
+        if stats is not None:
+            stats.add(at, tile)
         terms = sums.terms(tile)
         sums.add(at, terms)
         budget -= terms.nbytes
         if budget >= 0:
             kept[at[0].start, at[1].start] = terms
-    return kept, summary
+    return kept, stats
 
 
 def _backward_pass(
-    logits: Logits,
-    sums: Sums,
-    kept: Kept,
-    pullback: Pullback,
-    add: Add,
-    diagonal_grad: Tensor | None = None,
+    logits: Logits, sums: Sums, kept: Kept, pullback: Pullback, add: Add, diagonal_grad: Tensor | None = None
 ) -> None:
-    """Hand the gradient of the logits of each tile, `(r, c)`, to `add`.
-
-    Args:
-        logits, sums, kept: of the forward pass.
-        pullback: of `sums`.
-        add: takes the place of a tile and its gradient.
-        diagonal_grad: `(R,)`, of the logits of the diagonal, or None.
-    """
+    """Hand the gradient `(r, c)` of the logits of each tile to `add`; that of the diagonal `(R,)` is part of it."""
     for at in logits.places():
         terms = kept.get((at[0].start, at[1].start))
         if terms is None:

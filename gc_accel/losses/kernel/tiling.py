@@ -39,21 +39,13 @@ def logits_of(rows: Tensor, columns: Tensor, scale: Tensor, at: Place) -> Tensor
 
 
 class Logits(NamedTuple):
-    """All logits, of which one tile exists at a time.
+    """All logits, of which one tile exists at a time."""
 
-    Args:
-        rows: `(R, D)`.
-        columns: `(C, D)`.
-        scale: `(1,)`.
-        pairs: which pairs count; None: all.
-        start: the column that belongs to the first row, if row i belongs to column start + i; else None.
-    """
-
-    rows: Tensor
-    columns: Tensor
-    scale: Tensor
-    pairs: Pairs | None = None
-    start: int | None = None
+    rows: Tensor  # (R, D)
+    columns: Tensor  # (C, D)
+    scale: Tensor  # (1,)
+    pairs: Pairs | None = None  # which pairs count; None: all
+    start: int | None = None  # row i belongs to column start + i; None: to no column
 
     @property
     def halved(self) -> bool:
@@ -84,17 +76,11 @@ def diagonal_of(tile: Tensor, at: Place, start: int) -> tuple[slice, Tensor]:
     return slice(first, first + len(diagonal)), diagonal
 
 
-class RowSummary:
-    """What the tiles tell about each row: its logit on the diagonal, and its nearest column.
+class RowStats:
+    """Statistics of each row, from the tiles: its logit on the diagonal, and its nearest column.
 
-    Args:
-        rows: `(R, D)`; row i belongs to column start + i.
-        start: the column that belongs to the first row.
-
-    Attributes:
-        diagonal: `(R,)`, the logit of each row with the column that belongs to it.
-        highest: `(R,)`, the largest logit of each row.
-        nearest: `(R,)`, the column of that logit.
+    Of rows `(R, D)`, row i belongs to column start + i. `diagonal` `(R,)` has their logits, `nearest` `(R,)` the
+    column of the largest logit of each row, which is in `highest` `(R,)`.
     """
 
     def __init__(self, rows: Tensor, start: int) -> None:
@@ -117,13 +103,9 @@ class RowSummary:
 def add_gradients(
     factors: tuple[Tensor, Tensor], gradients: tuple[Tensor | None, Tensor | None], at: Place, grad: Tensor
 ) -> None:
-    """Add to the gradients of rows and columns what the products of one tile contribute.
+    """Add the gradient `(r, c)` of one tile's products to the gradients of its factors.
 
-    Args:
-        factors: rows `(R, D)` and columns `(C, D)`.
-        gradients: theirs, which may share memory; None: not needed.
-        at: the tile.
-        grad: `(r, c)`, of its products.
+    The factors are rows `(R, D)` and columns `(C, D)`. Their gradients may share memory; None: not needed.
     """
     if gradients[0] is not None:
         gradients[0][at[0]].addmm_(grad, factors[1][at[1]])

@@ -1,9 +1,8 @@
 """NNCLR, nearest-neighbour contrastive learning (Dwibedi et al. 2021, arXiv 2104.14548, equation 2)."""
 
-import torch.distributed as dist
 from torch import Tensor
 
-from gc_accel.losses.base import open_views
+from gc_accel.losses.base import Group, open_views
 from gc_accel.losses.checks import check_above_zero, check_views, full_precision
 from gc_accel.losses.kernel.streaming import logsumexp_over_pairs
 from gc_accel.losses.kernel.tiling import DEFAULT_TILE_BUDGET
@@ -34,13 +33,12 @@ class NNCLRLoss(StatefulLoss):
         *,
         queue_size: int = 65_536,
         dim: int = 128,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: Group = None,
         tile_budget: int = DEFAULT_TILE_BUDGET,
     ) -> None:
         super().__init__(process_group=process_group)
         check_above_zero("a temperature", temperature)
-        self.temperature = temperature
-        self.tile_budget = tile_budget
+        self.temperature, self.tile_budget = temperature, tile_budget
         self.queue = Queue(queue_size, dim)
 
     def forward(

@@ -6,12 +6,13 @@ queue, D dim.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from gc_accel.distributed import RankedBatch
+from gc_accel.losses.base import Group
 from gc_accel.losses.checks import check_views
 from gc_accel.losses.stateful.accumulated import AccumulatedLoss, Reps, output_of
 from gc_accel.losses.stateful.queue import Queue
@@ -84,7 +85,7 @@ class SwAVLoss(AccumulatedLoss):
         queue_size: int = 0,
         dim: int = 128,
         prototypes: Callable[[Tensor], Tensor] | None = None,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: Group = None,
     ) -> None:
         super().__init__(process_group=process_group)
         if temperature <= 0 or epsilon <= 0 or iterations < 1 or assigned < 1:
@@ -97,12 +98,14 @@ class SwAVLoss(AccumulatedLoss):
         self.temperature, self.epsilon = temperature, epsilon
         self.iterations, self.assigned = iterations, assigned
         self.queue = Queue(queue_size, assigned, dim) if queue_size else None
-        self.prototypes = [prototypes]  # in a list: the encoder owns them
+        self.prototypes: list[Any] = [prototypes]  # in a list: the encoder owns them
 
     def targets(self, reps: Reps, batch: RankedBatch) -> Tensor:
         """Codes `(B, A, K)`."""
         scores = self._scores(reps)
-        queued = self._queued_scores().to(scores) if self.queue is not None and self.queue.is_full else None
+        queued = None
+        if self.queue is not None and self.queue.is_full:  # by the prototypes as they are now, (Q, A, K)
+            queued = self.prototypes[0](self.queue.rows).to(scores)
         assign = partial(sinkhorn, batch=batch, epsilon=self.epsilon, iterations=self.iterations)
         codes = [
             assign(scores[:, view], queued=None if queued is None else queued[:, view])
@@ -125,10 +128,3 @@ class SwAVLoss(AccumulatedLoss):
         scores = output_of(reps, "scores", "prototypes")
         check_views(scores, at_least=max(2, self.assigned))
         return scores
-
-    def _queued_scores(self) -> Tensor:
-        """The scores `(Q, A, K)` of the queue, by the prototypes as they are now."""
-        assert self.queue is not None
-        (prototypes,) = self.prototypes
-        assert prototypes is not None, "the constructor saw them"
-        return prototypes(self.queue.rows)
