@@ -54,16 +54,16 @@ def test_both_ways_equals_autograd_through_the_whole_matrix(start, scale, masked
     factors = make_factors(scale=scale)
     classes, ids = torch.tensor([0, 1, 2, 0, 3, 1, 0, 4, 2, 5, 5]), torch.arange(11)
     own = slice(start, start + 7)
-    pairs = Pairs(ids[own], ids, classes[own], classes, classes="other", own="in") if masked else None
+    pairs = Pairs(ids[own], ids, classes[own], classes, classes="other", equal_ids="in") if masked else None
     found = logsumexp_both_ways(*factors, start=start, pairs=pairs, tile_budget=budget)
     assert "RunningMaxima" in passes if scale == 5000 else set(passes) == {"FixedShift"}
     logits = factors[2] * factors[0] @ factors[1].T
-    own_logits = logits.diagonal(start)
+    diagonal = logits.diagonal(start)
     if masked:
         mask = mask_of(pairs, 7, 11)
         assert 0 < mask.sum() < 15
         logits = logits.masked_fill(mask, -torch.inf)
-    expected = (logits.logsumexp(1), logits.logsumexp(0), own_logits)
+    expected = (logits.logsumexp(1), logits.logsumexp(0), diagonal)
     for a, b in zip(found[:3], expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     assert torch.equal(found.nearest, logits.argmax(1))
@@ -184,13 +184,13 @@ def test_what_autograd_saves_is_inputs_and_budget_and_goes_with_the_backward_pas
 
 @pytest.mark.parametrize(("start", "size", "columns"), [(0, 7, 7), (3, 7, 11), (4, 7, 11), (0, 1, 9)])
 @pytest.mark.usefixtures("tile_sizes")
-def test_own_pairs_are_found_once_each(start, size, columns):
+def test_the_diagonal_is_visited_once(start, size, columns):
     seen = torch.zeros(size, columns)
     for at in tiling.tiles(size, columns):
         tile = seen[at]
-        which, found = tiling.own_pairs(tile, at, start)
-        assert which.stop - which.start == len(found)
-        found += torch.arange(1.0, size + 1)[which]
+        rows, diagonal = tiling.diagonal_of(tile, at, start)
+        assert rows.stop - rows.start == len(diagonal)
+        diagonal += torch.arange(1.0, size + 1)[rows]
     expected = torch.zeros(size, columns)
     expected.diagonal(start)[:] = torch.arange(1.0, size + 1)
     assert torch.equal(seen, expected)

@@ -78,8 +78,8 @@ def assert_same(found, expected):
 def small_tiles(monkeypatch):
     monkeypatch.setattr(tiling, "TILE_ROWS", 3)
     monkeypatch.setattr(tiling, "TILE_COLUMNS", 5)
-    monkeypatch.setattr(classes, "BLOCK_CLASSES", 2)
-    monkeypatch.setattr(classes, "SLAB_ROWS", 4)
+    monkeypatch.setattr(classes, "CLASSES_AT_ONCE", 2)
+    monkeypatch.setattr(classes, "ROWS_AT_ONCE", 4)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -285,9 +285,11 @@ def test_half_precision_is_lifted_to_float32():
 def test_evaluation_keeps_and_computes_nothing_for_backward(monkeypatch):
     views, labels = make_views(9, 2).requires_grad_(), torch.arange(9) // 2
     expected = [float(loss(views, labels).detach()) for loss in (NTXentLoss(), SupConLoss(variant="in"))]
-    budgets, sum_up = [], streaming._sum_up
-    monkeypatch.setattr(streaming, "_sum_up", lambda *args: (budgets.append(args[-1]), sum_up(*args))[1])
-    monkeypatch.setattr(streaming, "_push_back", None)  # a call would raise
+    budgets, forward_pass = [], streaming._forward_pass
+    monkeypatch.setattr(
+        streaming, "_forward_pass", lambda *args: (budgets.append(args[-1]), forward_pass(*args))[1]
+    )
+    monkeypatch.setattr(streaming, "_backward_pass", None)  # a call would raise
     with torch.no_grad():
         found = [float(loss(views, labels)) for loss in (NTXentLoss(), SupConLoss(variant="in"))]
     assert found == expected
@@ -386,8 +388,8 @@ def test_views_may_lie_in_memory_in_any_order(loss):
 @pytest.mark.parametrize(("block", "slab"), [(1, 1), (2, 5), (3, 4), (1024, 1024)])
 def test_attraction_equals_the_sum_over_all_pairs_of_a_class(block, slab, kind, monkeypatch):
     """Of any weights, in any blocks of classes and slabs of samples."""
-    monkeypatch.setattr(classes, "BLOCK_CLASSES", block)
-    monkeypatch.setattr(classes, "SLAB_ROWS", slab)
+    monkeypatch.setattr(classes, "CLASSES_AT_ONCE", block)
+    monkeypatch.setattr(classes, "ROWS_AT_ONCE", slab)
     views, weights = make_views(13, 3).requires_grad_(), torch.randn(13, 3, dtype=torch.float64)
     labels = torch.zeros(13) if kind == "one class" else make_labels(kind, 13)
     labels = (torch.arange(13) if labels is None else labels)[torch.randperm(13)]

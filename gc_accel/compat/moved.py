@@ -36,6 +36,7 @@ RENAMED = {
     "distributed.alignment": "engine.alignment",
     "equivalence.graph": "state.graph",
     "equivalence.joining": "inputs.joining",
+    "losses.inputs": "losses.checks",
     "numerics": "engine.checks",
     "training.planning": "programs.planning",
 }

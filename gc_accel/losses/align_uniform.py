@@ -3,18 +3,18 @@
 import math
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from gc_accel.distributed import GlobalLoss, RankedBatch
+from gc_accel.distributed import RankedBatch
 from gc_accel.losses import statistics
-from gc_accel.losses.inputs import sample_views
+from gc_accel.losses.base import Group, TiledLoss, open_views
+from gc_accel.losses.checks import check_above_zero
 from gc_accel.losses.kernel.pairs import Pairs
 from gc_accel.losses.kernel.streaming import logsumexp_over_pairs
 from gc_accel.losses.kernel.tiling import DEFAULT_TILE_BUDGET
 
 
-class AlignUniformLoss(GlobalLoss):
+class AlignUniformLoss(TiledLoss):
     """Views x_i, y_i of a sample close together, views of different samples spread evenly:
 
         L = mean_i ||x_i - y_i||^a  +  w/2 · [ U(x) + U(y) ],  U(z) = log mean_{i<j} exp(-t ||z_i - z_j||²)
@@ -38,18 +38,12 @@ class AlignUniformLoss(GlobalLoss):
         t: float = 2.0,
         *,
         uniformity: float = 1.0,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: Group = None,
         tile_budget: int = DEFAULT_TILE_BUDGET,
     ) -> None:
-        super().__init__()
-        if alpha <= 0 or t <= 0:
-            raise ValueError(f"expected alpha and t above 0, got {alpha} and {t}")
-        self.alpha = alpha
-        self.t = t
-        self.uniformity = uniformity
-        self.process_group = process_group
-        self.tile_budget = tile_budget
-        self.statistics: dict[str, Tensor] = {}
+        super().__init__(process_group=process_group, tile_budget=tile_budget)
+        check_above_zero("alpha and t", alpha, t)
+        self.alpha, self.t, self.uniformity = alpha, t, uniformity
 
     def forward(self, views: Tensor, labels: Tensor | None = None) -> Tensor:
         """The loss of the global batch, 0-d.
@@ -61,7 +55,7 @@ class AlignUniformLoss(GlobalLoss):
         Raises:
             ValueError: for another shape, and for a global batch of a single sample.
         """
-        views, batch = sample_views(self, views, at_most=2)
+        views, batch = open_views(self, views, at_most=2)
         candidates = batch.gather(views)
         self.statistics = statistics.of_samples(candidates)
         distance = torch.linalg.vector_norm(views[:, 0] - views[:, 1], dim=1)
@@ -71,7 +65,7 @@ class AlignUniformLoss(GlobalLoss):
         return batch.sum(alignment + self.uniformity / 2 * sum(uniform) / len(batch.sizes))
 
     def _uniform(self, batch: RankedBatch, rows: Tensor, columns: Tensor) -> Tensor:
-        """U of one view, the same on all ranks."""
+        """U of one view, 0-d and the same on all ranks, from rows `(B, D)` of this rank and columns of all."""
         ids = torch.arange(batch.total, device=rows.device)
         pairs = Pairs(ids[batch.own], ids, above_diagonal=len(rows) == len(columns))
         left = torch.cat((rows, _half_square(rows), torch.ones_like(rows[:, :1])), 1)

@@ -1,14 +1,12 @@
 """Barlow Twins (Zbontar et al. 2021, arXiv 2103.03230, equation 1)."""
 
-import torch.distributed as dist
 from torch import Tensor
 
-from gc_accel.distributed import GlobalLoss
-from gc_accel.losses.inputs import sample_views
-from gc_accel.losses.moments import centred, squared_cross_moment, total_everywhere
+from gc_accel.losses.base import BatchLoss, Group, open_views
+from gc_accel.losses.moments import centred, gathered_sum, squared_cross_moment
 
 
-class BarlowTwinsLoss(GlobalLoss):
+class BarlowTwinsLoss(BatchLoss):
     """The cross-correlation of two views, over the global batch, close to the identity:
 
         L = sum_k (1 - C_kk)² + λ sum_{k≠l} C_kl²,   C = ÂᵀB̂/B
@@ -22,13 +20,9 @@ class BarlowTwinsLoss(GlobalLoss):
         process_group: ranks whose batches make up the global batch; None is the default group.
     """
 
-    def __init__(
-        self, redundancy: float = 5e-3, *, eps: float = 1e-5, process_group: dist.ProcessGroup | None = None
-    ) -> None:
-        super().__init__()
-        self.redundancy = redundancy
-        self.eps = eps
-        self.process_group = process_group
+    def __init__(self, redundancy: float = 5e-3, *, eps: float = 1e-5, process_group: Group = None) -> None:
+        super().__init__(process_group=process_group)
+        self.redundancy, self.eps = redundancy, eps
 
     def forward(self, views: Tensor, labels: Tensor | None = None) -> Tensor:
         """The loss of the global batch, 0-d.
@@ -40,11 +34,10 @@ class BarlowTwinsLoss(GlobalLoss):
         Raises:
             ValueError: for another shape, and for a global batch of a single sample.
         """
-        views, batch = sample_views(self, views, at_most=2)
-        total = batch.total
+        views, batch = open_views(self, views, at_most=2)
         views = centred(views, batch)
-        variance = total_everywhere(views.square().sum(0), batch) / total
+        variance = gathered_sum(views.square().sum(0), batch) / batch.total
         first, second = (views / (variance + self.eps).sqrt()).unbind(1)
-        diagonal = batch.sum((first * second).sum(0)) / total
-        off_diagonal = squared_cross_moment(first, second, batch) / total**2 - diagonal.square().sum()
+        diagonal = batch.sum((first * second).sum(0)) / batch.total
+        off_diagonal = squared_cross_moment(first, second, batch) / batch.total**2 - diagonal.square().sum()
         return (1 - diagonal).square().sum() + self.redundancy * off_diagonal

@@ -3,12 +3,11 @@
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from gc_accel.distributed import GlobalLoss, RankedBatch
 from gc_accel.losses import statistics
-from gc_accel.losses.inputs import check_option, check_pairs, full_precision
+from gc_accel.losses.base import Group, TiledLoss, gather_labels, open_batch
+from gc_accel.losses.checks import check_option, check_pairs
 from gc_accel.losses.kernel.pairs import Pairs
 from gc_accel.losses.kernel.streaming import logsumexp_both_ways
 from gc_accel.losses.kernel.tiling import DEFAULT_TILE_BUDGET
@@ -17,7 +16,7 @@ from gc_accel.losses.statistics import Similarities, similarities_within
 Duplicates = Literal["attract", "mask"]
 
 
-class CLIPLoss(GlobalLoss):
+class CLIPLoss(TiledLoss):
     """Mean of the two cross-entropies, image to text and text to image, of a·I·Tᵀ.
 
         L = 1/(2B) sum_i [ LSE_j s_ij - s_ii ] + [ LSE_j s_ji - s_ii ]
@@ -45,15 +44,12 @@ class CLIPLoss(GlobalLoss):
         self,
         *,
         duplicates: Duplicates = "attract",
-        process_group: dist.ProcessGroup | None = None,
+        process_group: Group = None,
         tile_budget: int = DEFAULT_TILE_BUDGET,
     ) -> None:
-        super().__init__()
+        super().__init__(process_group=process_group, tile_budget=tile_budget)
         check_option("duplicates", duplicates, Duplicates)
         self.duplicates = duplicates
-        self.process_group = process_group
-        self.tile_budget = tile_budget
-        self.statistics: dict[str, Tensor] = {}
 
     def forward(
         self,
@@ -78,31 +74,37 @@ class CLIPLoss(GlobalLoss):
             ValueError: if shapes do not pair up.
         """
         check_pairs(image, text, labels, negatives)
-        image, text, logit_scale, negatives = full_precision(image, text, logit_scale, negatives)
-        batch = RankedBatch(len(image), image.device, self.process_group)
-        texts = batch.gather(text)
-        classes = torch.arange(batch.total, device=image.device) if labels is None else batch.gather(labels)
-        candidates, of_candidates = texts, classes
-        if negatives is not None:
-            others = RankedBatch(len(negatives), image.device, self.process_group).gather(negatives)
-            candidates = torch.cat((texts, others))
-            of_candidates = torch.cat((classes, (classes.max() + 1).expand(len(others))))
-        pairs = None
-        if labels is not None and self.duplicates == "mask":
-            ids = torch.arange(len(candidates), device=image.device)
-            pairs = Pairs(ids[batch.own], ids, classes[batch.own], of_candidates, classes="other", own="in")
-        found = logsumexp_both_ways(
+        image, text, logit_scale, batch = open_batch(self, image, text, logit_scale)
+        texts, classes = batch.gather(text), gather_labels(labels, batch, image.device)
+        candidates, candidate_classes = self._candidates(texts, classes, negatives)
+        pairs = self._pairs(batch.own, classes, candidate_classes) if labels is not None else None
+        sums = logsumexp_both_ways(
             image, candidates, logit_scale, start=batch.start, pairs=pairs, tile_budget=self.tile_budget
         )
-        by_text = batch.logsumexp(found.by_column[: batch.total])[batch.own]
-        positive = found.own
-        positives = alike = Similarities(found.own / logit_scale, torch.ones_like(found.own))
+        by_text = batch.logsumexp(sums.by_column[: batch.total])[batch.own]
+        positive = sums.diagonal
+        positives = same_class = Similarities(positive / logit_scale, torch.ones_like(positive))
         if labels is not None:
-            alike = similarities_within(image, texts, classes, batch)
+            same_class = similarities_within(image, texts, classes, batch)
             if self.duplicates == "attract":
-                positive, positives = logit_scale * alike.sums / alike.counts, alike
+                positive, positives = logit_scale * same_class.sums / same_class.counts, same_class
         # Over the batch, the means over each text's images sum to the same as those over each image's texts.
-        loss = batch.sum((found.by_row + by_text - 2 * positive).sum() / (2 * batch.total))
-        hits = of_candidates[found.nearest] == classes[batch.own]
-        self.statistics = statistics.of_pairs(batch, image, texts, hits, positives, alike)
+        loss = batch.sum((sums.by_row + by_text - 2 * positive).sum() / (2 * batch.total))
+        hits = candidate_classes[sums.nearest] == classes[batch.own]
+        self.statistics = statistics.of_pairs(batch, image, texts, hits, positives, same_class)
         return loss if logit_bias is None else loss + 0 * logit_bias.sum()
+
+    def _candidates(self, texts: Tensor, classes: Tensor, negatives: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Texts `(N, D)` and classes `(N,)` of the global batch, with all ranks' negatives, a class of their own."""
+        if negatives is None:
+            return texts, classes
+        negatives, batch = open_batch(self, negatives)
+        others, other_class = batch.gather(negatives), (classes.max() + 1).expand(batch.total)
+        return torch.cat((texts, others)), torch.cat((classes, other_class))
+
+    def _pairs(self, local: slice, classes: Tensor, candidate_classes: Tensor) -> Pairs | None:
+        """Pairs of this rank's images, at `local` in the global batch, and candidates, less duplicates to mask."""
+        if self.duplicates != "mask":
+            return None
+        ids = torch.arange(len(candidate_classes), device=classes.device)
+        return Pairs(ids[local], ids, classes[local], candidate_classes, classes="other", equal_ids="in")

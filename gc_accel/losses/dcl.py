@@ -1,18 +1,18 @@
 """Decoupled contrastive learning (Yeh et al. 2021, arXiv 2110.06848, equation 6): no positive below the line."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from gc_accel.distributed import GlobalLoss, RankedBatch
+from gc_accel.distributed import RankedBatch
 from gc_accel.losses import statistics
-from gc_accel.losses.inputs import sample_views
+from gc_accel.losses.base import Group, TiledLoss, open_views
+from gc_accel.losses.checks import check_above_zero
 from gc_accel.losses.kernel.pairs import Pairs
 from gc_accel.losses.kernel.streaming import logsumexp_over_pairs
 from gc_accel.losses.kernel.tiling import DEFAULT_TILE_BUDGET
 
 
-class DCLLoss(GlobalLoss):
+class DCLLoss(TiledLoss):
     """NT-Xent without the sample's own views in the denominator, so that it may become negative:
 
         L = 1/2B sum_i [ LSE_{n of other samples} z_i.z_n/T - z_i.z_p(i)/T ],  p(i) the other view
@@ -30,19 +30,9 @@ class DCLLoss(GlobalLoss):
     most_views: int | None = None
 
     def __init__(
-        self,
-        temperature: float = 0.1,
-        *,
-        process_group: dist.ProcessGroup | None = None,
-        tile_budget: int = DEFAULT_TILE_BUDGET,
+        self, temperature: float = 0.1, *, process_group: Group = None, tile_budget: int = DEFAULT_TILE_BUDGET
     ) -> None:
-        super().__init__()
-        if temperature <= 0:
-            raise ValueError(f"expected a temperature above 0, got {temperature}")
-        self.temperature = temperature
-        self.process_group = process_group
-        self.tile_budget = tile_budget
-        self.statistics: dict[str, Tensor] = {}
+        super().__init__(temperature, process_group=process_group, tile_budget=tile_budget)
 
     def forward(self, views: Tensor, labels: Tensor | None = None) -> Tensor:
         """The loss of the global batch, 0-d.
@@ -54,11 +44,11 @@ class DCLLoss(GlobalLoss):
         Raises:
             ValueError: for another shape, and for a global batch of a single sample.
         """
-        views, batch = sample_views(self, views, at_most=self.most_views)
+        views, batch = open_views(self, views, at_most=self.most_views)
         candidates, count = batch.gather(views), views.shape[1]
         samples = torch.arange(batch.total, device=views.device)
-        own, samples = (each.repeat_interleave(count) for each in (samples[batch.own], samples))
-        pairs = Pairs(own, samples, above_diagonal=len(own) == len(samples), run=count)
+        row_ids, ids = (x.repeat_interleave(count) for x in (samples[batch.own], samples))
+        pairs = Pairs(row_ids, ids, above_diagonal=len(row_ids) == len(ids), run=count)
         scale = views.new_full((1,), 1 / self.temperature)
         rows, columns = views.flatten(0, 1), candidates.flatten(0, 1)
         repulsion = logsumexp_over_pairs(rows, columns, scale, pairs, tile_budget=self.tile_budget)
@@ -66,10 +56,10 @@ class DCLLoss(GlobalLoss):
         attraction = scale * (views * siblings).sum(2)
         self.statistics = statistics.of_samples(candidates)
         terms = repulsion.view_as(attraction) - self._weights(batch, views) * attraction
-        return batch.sum(terms.sum() / len(samples))
+        return batch.sum(terms.sum() / len(ids))
 
     def _weights(self, batch: RankedBatch, views: Tensor) -> Tensor | float:
-        """What the positives of each sample count, `(B, 1)`."""
+        """How much the positives of each sample count, `(B, 1)`, for views `(B, V, D)` of this rank."""
         return 1.0
 
 
@@ -79,11 +69,9 @@ class DCLWLoss(DCLLoss):
         w_i = 2 - B · softmax_i(z_i.z_p(i)/sigma)
 
     Args:
-        temperature: T, above 0.
+        temperature, process_group, tile_budget: as in `DCLLoss`.
         sigma: above 0, how soon the weights level out.
         detach_weight: take the weights as constants, as lightly does. The authors' code does not.
-        process_group: ranks whose batches make up the global batch; None is the default group.
-        tile_budget: bytes of logits kept for the backward pass instead of computed twice.
     """
 
     most_views = 2
@@ -94,14 +82,12 @@ class DCLWLoss(DCLLoss):
         sigma: float = 0.5,
         *,
         detach_weight: bool = False,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: Group = None,
         tile_budget: int = DEFAULT_TILE_BUDGET,
     ) -> None:
         super().__init__(temperature, process_group=process_group, tile_budget=tile_budget)
-        if sigma <= 0:
-            raise ValueError(f"expected sigma above 0, got {sigma}")
-        self.sigma = sigma
-        self.detach_weight = detach_weight
+        check_above_zero("sigma", sigma)
+        self.sigma, self.detach_weight = sigma, detach_weight
 
     def _weights(self, batch: RankedBatch, views: Tensor) -> Tensor:
         similarity = (views[:, 0] * views[:, 1]).sum(1, keepdim=True) / self.sigma

@@ -3,15 +3,13 @@
 import math
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from gc_accel.distributed import GlobalLoss
-from gc_accel.losses.inputs import sample_views
+from gc_accel.losses.base import BatchLoss, Group, open_views
 from gc_accel.losses.moments import squared_cross_moment
 
 
-class HSICLoss(GlobalLoss):
+class HSICLoss(BatchLoss):
     """Representations that depend on which sample they are of, and on little else:
 
         L = γ √HSIC(Z, Z) - HSIC(Z, Y)
@@ -48,19 +46,15 @@ class HSICLoss(GlobalLoss):
         scale: float = 1.0,
         seed: int = 0,
         redraw: bool = False,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: Group = None,
     ) -> None:
-        super().__init__()
+        super().__init__(process_group=process_group)
         if features < 1 or scale <= 0:
             raise ValueError(
                 f"expected features of at least 1 and a scale above 0, got {features} and {scale}"
             )
-        self.gamma = gamma
-        self.features = features
-        self.scale = scale
-        self.seed = seed
-        self.redraw = redraw
-        self.process_group = process_group
+        self.gamma, self.features, self.scale = gamma, features, scale
+        self.seed, self.redraw = seed, redraw
         # A count beside the seed, in checkpoints, so that a resumed run draws on where it stood.
         self.register_buffer("draws", torch.zeros((), dtype=torch.long), persistent=redraw)
 
@@ -74,7 +68,7 @@ class HSICLoss(GlobalLoss):
         Raises:
             ValueError: for another shape, and for a global batch of a single sample.
         """
-        views, batch = sample_views(self, views)
+        views, batch = open_views(self, views)
         generator = torch.Generator().manual_seed(self.seed + (int(self.draws) if self.redraw else 0))
         first, second = (random_features(views, generator, self.features, self.scale) for _ in range(2))
         if self.redraw and self.training:
@@ -82,16 +76,15 @@ class HSICLoss(GlobalLoss):
         count, rows = views.shape[1], batch.total * views.shape[1]
         mean = batch.sum(first.sum((0, 1))) / rows
         together = batch.sum(first.sum(1).square().sum()) / (rows * (count - 1))
-        spread = squared_cross_moment(
-            first - mean.detach(), second - batch.sum(second.detach().sum((0, 1))) / rows, batch
-        )
+        second_mean = batch.sum(second.detach().sum((0, 1))) / rows
+        spread = squared_cross_moment(first - mean.detach(), second - second_mean, batch)
         # Of representations that are all the same the root has no derivative.
         spread = (spread / rows**2).clamp(min=torch.finfo(spread.dtype).tiny)
         return self.gamma * spread.sqrt() - (together - mean.square().sum())
 
 
 def random_features(rows: Tensor, generator: torch.Generator, count: int, scale: float) -> Tensor:
-    """r of every row, `(..., D)` to `(..., count)`. Drawn on the host, so that all devices have the same."""
+    """r of every row, `(..., D)` to `(..., count)`, drawn on the host, so that all devices have the same."""
     options: dict = {"generator": generator, "dtype": torch.float64}
     directions = torch.randn(count, rows.shape[-1], **options)
     lengths = torch.randn(count, 1, **options) / scale

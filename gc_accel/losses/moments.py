@@ -6,7 +6,7 @@ On several ranks the statistics are reduced, never the loss: a sum over the samp
     dL/dx_i = f'(S) · dS/dx_i        on the rank of x_i, whole, without another reduction.
 
 That holds for f(S) alone. Where a statistic flows into a rank's *rows* (as a standard deviation does, by which
-they are divided), its gradient has a share on every rank: `total_everywhere` adds those up. A mean is different
+they are divided), its gradient has a share on every rank: `gathered_sum` adds those up. A mean is different
 again: second moments about the mean do not change with it to first order, so it may be a constant.
 
 A sum of squares over a D x D moment is one over a matrix of all pairs of rows, too:
@@ -31,42 +31,43 @@ def centred(rows: Tensor, batch: RankedBatch) -> Tensor:
     return rows - batch.sum(rows.detach().sum(0)) / batch.total
 
 
-def total_everywhere(share: Tensor, batch: RankedBatch) -> Tensor:
-    """The sum of a tensor over ranks, which each may use in any way: gradients are summed over ranks, too."""
+def gathered_sum(share: Tensor, batch: RankedBatch) -> Tensor:
+    """The sum over ranks of `(...)`, which each rank may use in any way: gradients are summed over ranks, too."""
     return RankedBatch(1, share.device, batch.group).gather(share[None]).sum(0)
 
 
 def squared_cross_moment(a: Tensor, b: Tensor, batch: RankedBatch) -> Tensor:
-    """||sum_i a_i b_iᵀ||² over the global batch, 0-d, from a rank's rows `(B, ..., D)` and `(B, ..., D)`."""
+    """||sum_i a_i b_iᵀ||² over the global batch, 0-d, from rows `(B, ..., D)` and `(B, ..., D)` of a rank."""
     if _has_more_rows(a, batch):
-        moment = batch.sum(_product(a, b))
-        return moment.square().sum()
+        return batch.sum(_moment(a, b)).square().sum()
     return _sum_of_products(a, batch.gather(a), b, batch.gather(b), batch)
 
 
 def squared_similarities(a: Tensor, b: Tensor, batch: RankedBatch) -> Tensor:
-    """sum_ij (a_i.b_j)² over the global batch, 0-d, from a rank's rows; it is <AᵀA, BᵀB>."""
+    """sum_ij (a_i.b_j)² over the global batch, 0-d, from a rank's rows `(B, D)`; it is <AᵀA, BᵀB>."""
     if _has_more_rows(a, batch):
-        return (batch.sum(_product(a, a)) * batch.sum(_product(b, b))).sum()
+        return (batch.sum(_moment(a, a)) * batch.sum(_moment(b, b))).sum()
     columns = batch.gather(b)
     return _sum_of_products(a, columns, a, columns, batch)
 
 
 def _has_more_rows(rows: Tensor, batch: RankedBatch) -> bool:
+    """Whether the global batch has at least as many rows as dimensions."""
     return batch.total * rows[0].numel() >= rows.shape[-1] ** 2
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def _moment(a: Tensor, b: Tensor) -> Tensor:
+    """sum_i a_i b_iᵀ `(D, D)` over the rows of this rank."""
     with torch.autocast(a.device.type, enabled=False):
         return a.flatten(0, -2).T @ b.flatten(0, -2)
 
 
 def _sum_of_products(a: Tensor, c: Tensor, b: Tensor, d: Tensor, batch: RankedBatch) -> Tensor:
-    """sum_ij (a_i.c_j)(b_i.d_j) over the rows of all ranks, in tiles."""
+    """sum_ij (a_i.c_j)(b_i.d_j), 0-d, over rows `(B, ..., D)` a and b of all ranks, with c and d of all, in tiles."""
 
     def compute(inputs: tuple[Any, ...], needed: tuple[bool, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         a, c, b, d = inputs
-        total, gradients = a.new_zeros(()), tuple(torch.zeros_like(each) for each in inputs)
+        total, gradients = a.new_zeros(()), tuple(torch.zeros_like(x) for x in inputs)
         for i, j in tiles(len(a), len(c)):
             left, right = a[i] @ c[j].T, b[i] @ d[j].T
             total += (left * right).sum()
@@ -77,4 +78,4 @@ def _sum_of_products(a: Tensor, c: Tensor, b: Tensor, d: Tensor, batch: RankedBa
                 gradients[3][j].addmm_(left.T, b[i])
         return total, gradients
 
-    return batch.sum(with_gradients(compute, *(each.flatten(0, -2) for each in (a, c, b, d))))
+    return batch.sum(with_gradients(compute, *(x.flatten(0, -2) for x in (a, c, b, d))))

@@ -11,20 +11,21 @@ the loss is T/T_base times the mean over anchors of
 log |P(i)| on top, which has no gradient). Without a mask, the sum over P(i) is z_i.(S - z_i), where S is the
 sum of all rows of the class.
 
-So the loss is a sum over anchors whose weights are known beforehand, and its gradient is had along with it. All
-terms add theirs to one tensor: beside it and the views there is no other of B x D.
+So the loss is a sum over anchors whose weights are known beforehand, and its gradient is computed along with it.
+All terms add theirs to one tensor: beside it and the views there is no other of B x D.
+
+Shape letters: B samples of this rank, N samples of all ranks, V views, D dim.
 """
 
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from gc_accel.distributed import GlobalLoss, RankedBatch
 from gc_accel.losses import statistics
-from gc_accel.losses.inputs import check_option, full_precision
+from gc_accel.losses.base import Group, TiledLoss, gather_labels, open_batch
+from gc_accel.losses.checks import check_above_zero, check_option
 from gc_accel.losses.kernel.classes import attraction, classes_of
 from gc_accel.losses.kernel.eager import Gradient, with_gradients
 from gc_accel.losses.kernel.pairs import Pairs
@@ -35,20 +36,14 @@ Variant = Literal["out", "in"]
 Orphans = Literal["zero", "exclude", "error"]
 
 
-class MultiViewLoss(GlobalLoss):
+class MultiViewLoss(TiledLoss):
     """The options of such a loss and its value, `contrast`; subclasses say which rows are anchors.
 
     On several ranks each takes its own anchors against the rows of all: one gather of the views, one
     reduce-scatter of their gradients. On a single one, anchors that are all rows need half of the products.
 
     Args:
-        temperature: T, above 0.
-        base_temperature: T_base, above 0; None: T, so that nothing is rescaled.
-        variant: positives outside of the logarithm, "out", or inside, "in".
-        orphans: what becomes of anchors without a positive: "zero" and counted in the mean, "exclude" from
-            the mean (0 if nothing is left), or "error".
-        process_group: ranks whose batches make up the global batch; None is the default group.
-        tile_budget: bytes of logits kept for the backward pass instead of computed twice.
+        temperature, base_temperature, variant, orphans, process_group, tile_budget: as in `SupConLoss`.
 
     `statistics` has `positive_similarity` and `negative_similarity` of the latest call, 0-d: the means over
     all pairs of views of one class and of two.
@@ -61,22 +56,15 @@ class MultiViewLoss(GlobalLoss):
         base_temperature: float | None = None,
         variant: Variant = "out",
         orphans: Orphans = "zero",
-        process_group: dist.ProcessGroup | None = None,
+        process_group: Group = None,
         tile_budget: int = DEFAULT_TILE_BUDGET,
     ) -> None:
-        super().__init__()
         base_temperature = temperature if base_temperature is None else base_temperature
-        if temperature <= 0 or base_temperature <= 0:
-            raise ValueError(f"expected temperatures above 0, got {temperature} and {base_temperature}")
+        check_above_zero("temperatures", temperature, base_temperature)
+        super().__init__(temperature, process_group=process_group, tile_budget=tile_budget)
         check_option("variant", variant, Variant)
         check_option("orphans", orphans, Orphans)
-        self.temperature = temperature
-        self.base_temperature = base_temperature
-        self.variant = variant
-        self.orphans = orphans
-        self.process_group = process_group
-        self.tile_budget = tile_budget
-        self.statistics: dict[str, Tensor] = {}
+        self.base_temperature, self.variant, self.orphans = base_temperature, variant, orphans
 
     def contrast(self, views: Tensor, labels: Tensor | None, anchored: int) -> Tensor:
         """The loss of the global batch, 0-d.
@@ -89,19 +77,17 @@ class MultiViewLoss(GlobalLoss):
         Raises:
             ValueError: if there are orphans and they are an "error".
         """
-        (views,) = full_precision(views)
-        batch = RankedBatch(len(views), views.device, self.process_group)
+        views, batch = open_batch(self, views)
         candidates = batch.gather(views).contiguous()
-        labels = torch.arange(batch.total, device=views.device) if labels is None else batch.gather(labels)
-        classes = classes_of(labels)
+        classes = classes_of(gather_labels(labels, batch, views.device))
         self.statistics = statistics.of_views(candidates, classes)
-        positives = classes.sizes[classes.which] * views.shape[1] - 1  # of each view of a sample, (B,)
-        weights = views.new_zeros(candidates.shape[:2])  # of each row in the mean
+        positives = classes.sizes[classes.which] * views.shape[1] - 1  # of each view of a sample, (N,)
+        weights = views.new_zeros(candidates.shape[:2])  # of each row in the mean, (N, V)
         shares = (positives > 0).to(views) / self._count(positives, anchored)
         weights[batch.own, :anchored] = shares[batch.own, None]
         anchors: list[Any] = [
             batch.own
-        ]  # one matrix of all views, as they lie in memory, or of one view each
+        ]  # all views at once, as they lie in memory, or one view after another
         if anchored < views.shape[1]:
             anchors = [(batch.own, view) for view in range(anchored)]
 
@@ -113,8 +99,8 @@ class MultiViewLoss(GlobalLoss):
                 per_pair = weights / positives.clamp(min=1)[:, None] * (-1 / self.temperature)
                 total += attraction(views, classes, per_pair, gradient)
             else:
-                of_rows = classes.which.repeat_interleave(views.shape[1]).view_as(weights)
-                total += self._logsumexps(views, gradient, anchors, -weights, of_rows)
+                row_classes = classes.which.repeat_interleave(views.shape[1]).view_as(weights)
+                total += self._logsumexps(views, gradient, anchors, -weights, row_classes)
             return total.to(views), (gradient,)
 
         return batch.sum(with_gradients(compute, candidates)) * (self.temperature / self.base_temperature)
@@ -130,26 +116,26 @@ class MultiViewLoss(GlobalLoss):
         """Weighted sum of the log-sum-exps of anchors, over all other rows or those of their class; 0-d.
 
         Args:
-            views: `(B, V, D)`, of the global batch.
-            gradient: `(B, V, D)`, is added to; None: is not wanted.
-            anchors: where among `(B, V)` they are, one matrix of rows after the other.
-            weights: `(B, V)`.
-            classes: `(B, V)`, or None: all other rows.
+            views: `(N, V, D)`.
+            gradient: `(N, V, D)`, is added to; None: not needed.
+            anchors: where among `(N, V)` they are, one matrix of rows after the other.
+            weights: `(N, V)`.
+            classes: `(N, V)`, or None: all other rows.
         """
         total, scale = exact_sum(views.new_zeros(0)), views.new_full((1,), 1 / self.temperature)
         ids = torch.arange(weights.numel(), device=views.device).view_as(weights)
-        of_all = (views, gradient, ids, classes)
-        columns, to_columns, column_ids, column_classes = (_rows(each, ...) for each in of_all)
+        by_view = (views, gradient, ids, classes)
+        columns, column_grad, column_ids, column_classes = (_rows(x, ...) for x in by_view)
         for place in anchors:
-            rows, to_rows, row_ids, row_classes = (_rows(each, place) for each in of_all)
+            rows, row_grad, row_ids, row_classes = (_rows(x, place) for x in by_view)
             halved = len(rows) == len(columns)
             pairs = Pairs(row_ids, column_ids, row_classes, column_classes, above_diagonal=halved)
-            logits, into = Logits(rows, columns, scale, pairs), (to_rows, to_columns)
-            total += sum_of_logsumexps(logits, _rows(weights, place), into, tile_budget=self.tile_budget)
+            logits, gradients = Logits(rows, columns, scale, pairs), (row_grad, column_grad)
+            total += sum_of_logsumexps(logits, _rows(weights, place), gradients, self.tile_budget)
         return total
 
     def _count(self, positives: Tensor, anchored: int) -> Tensor | int:
-        """The number of anchors in the mean, from the number of positives `(B,)` in the global batch."""
+        """The number of anchors in the mean, from the number of positives `(N,)` of each view of a sample."""
         if self.orphans == "exclude":
             return (positives > 0).sum().clamp(min=1) * anchored
         if self.orphans == "error" and (count := int((positives == 0).sum()) * anchored):
@@ -160,6 +146,6 @@ class MultiViewLoss(GlobalLoss):
         return len(positives) * anchored
 
 
-def _rows(each: Tensor | None, place: Any) -> Any:
-    """What the rows at a place of `(B, V, ...)` have, in the same memory."""
-    return None if each is None else each[place].view(-1, *each.shape[2:])
+def _rows(by_view: Tensor | None, place: Any) -> Any:
+    """The rows `(n, ...)` at a place of `(N, V, ...)`, in the same memory; None stays None."""
+    return None if by_view is None else by_view[place].view(-1, *by_view.shape[2:])

@@ -1,9 +1,9 @@
 """SimCLR's normalised temperature-scaled cross-entropy (Chen et al. 2020, arXiv 2002.05709, equation 1)."""
 
-import torch.distributed as dist
 from torch import Tensor
 
-from gc_accel.losses.inputs import check_views
+from gc_accel.losses.base import Group
+from gc_accel.losses.checks import check_views
 from gc_accel.losses.kernel.tiling import DEFAULT_TILE_BUDGET
 from gc_accel.losses.multiview import MultiViewLoss
 
@@ -23,11 +23,7 @@ class NTXentLoss(MultiViewLoss):
     """
 
     def __init__(
-        self,
-        temperature: float = 0.5,
-        *,
-        process_group: dist.ProcessGroup | None = None,
-        tile_budget: int = DEFAULT_TILE_BUDGET,
+        self, temperature: float = 0.5, *, process_group: Group = None, tile_budget: int = DEFAULT_TILE_BUDGET
     ) -> None:
         super().__init__(temperature, process_group=process_group, tile_budget=tile_budget)
 

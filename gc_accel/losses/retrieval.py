@@ -7,18 +7,16 @@ Shape letters: B questions of this rank, P passages of each, N passages of the g
 """
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from gc_accel.distributed import GlobalLoss, RankedBatch
-from gc_accel.losses.inputs import full_precision
+from gc_accel.losses.base import Group, TiledLoss, open_batch
 from gc_accel.losses.kernel.pairs import Pairs
 from gc_accel.losses.kernel.streaming import logsumexp_over_pairs
 from gc_accel.losses.kernel.tiling import DEFAULT_TILE_BUDGET
 
 
-class RetrievalLoss(GlobalLoss):
+class RetrievalLoss(TiledLoss):
     """Mean cross-entropy of each question's positive among the passages of all questions of all ranks.
 
         L = 1/B sum_i [ LSE_{n in N(i)} q_i.p_n/T - q_i.p_i/T ]
@@ -33,24 +31,16 @@ class RetrievalLoss(GlobalLoss):
         temperature: T, above 0. Fixed, so that an encoder of transformers is all that has to be saved.
         process_group: ranks whose batches make up the global batch; None is the default group.
         tile_budget: bytes of logits kept for the backward pass instead of computed twice.
-
-    Raises:
-        ValueError: for another temperature.
     """
 
     def __init__(
         self,
         temperature: float = 0.05,
         *,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: Group = None,
         tile_budget: int = DEFAULT_TILE_BUDGET,
     ) -> None:
-        super().__init__()
-        if temperature <= 0:
-            raise ValueError(f"expected a temperature above 0, got {temperature}")
-        self.temperature = temperature
-        self.process_group = process_group
-        self.tile_budget = tile_budget
+        super().__init__(temperature, process_group=process_group, tile_budget=tile_budget)
 
     def forward(self, query: Tensor, passage: Tensor, passage_ids: Tensor | None = None) -> Tensor:
         """The loss of the global batch, 0-d.
@@ -65,8 +55,7 @@ class RetrievalLoss(GlobalLoss):
             ValueError: if shapes do not pair up.
         """
         _check(query, passage, passage_ids)
-        query, passage = full_precision(query, passage)
-        batch = RankedBatch(len(query), query.device, self.process_group)
+        query, passage, batch = open_batch(self, query, passage)
         passages = batch.gather(passage).flatten(0, 1)
         if passage_ids is None:  # every passage is one of its own
             passage_ids = torch.arange(len(passages), device=query.device).view(-1, passage.shape[1])
@@ -82,6 +71,7 @@ class RetrievalLoss(GlobalLoss):
 
 
 def _check(query: Tensor, passage: Tensor, passage_ids: Tensor | None) -> None:
+    """Raise ValueError for other shapes than `RetrievalLoss.forward` takes."""
     if query.ndim != 2 or passage.ndim != 3 or passage.shape[::2] != query.shape:
         raise ValueError(
             f"expected query (B, D) and passage (B, P, D), got {tuple(query.shape)} and {tuple(passage.shape)}: "

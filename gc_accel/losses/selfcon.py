@@ -1,10 +1,10 @@
 """Self-contrastive learning (Bae et al. 2021, arXiv 2106.15499, section 3): exits of a network as views."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from gc_accel.losses.inputs import check_views
+from gc_accel.losses.base import Group
+from gc_accel.losses.checks import check_views
 from gc_accel.losses.kernel.tiling import DEFAULT_TILE_BUDGET
 from gc_accel.losses.multiview import MultiViewLoss
 
@@ -33,7 +33,7 @@ class SelfConLoss(MultiViewLoss):
         supcon_s: bool = False,
         selfcon_s_FG: bool = False,
         selfcon_m_FG: bool = False,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: Group = None,
         tile_budget: int = DEFAULT_TILE_BUDGET,
     ) -> None:
         super().__init__(
@@ -45,8 +45,7 @@ class SelfConLoss(MultiViewLoss):
         )
         if selfcon_s_FG and selfcon_m_FG:
             raise ValueError("expected selfcon_s_FG (single crops) or selfcon_m_FG (two crops), got both")
-        self.selfcon_s_FG = selfcon_s_FG
-        self.selfcon_m_FG = selfcon_m_FG
+        self.selfcon_s_FG, self.selfcon_m_FG = selfcon_s_FG, selfcon_m_FG
 
     def forward(self, views: Tensor, labels: Tensor | None = None) -> Tensor:
         """The loss of the global batch, 0-d.
@@ -59,7 +58,7 @@ class SelfConLoss(MultiViewLoss):
         Raises:
             ValueError: for other shapes.
         """
-        backbones = 2 if self.selfcon_m_FG else 1 if self.selfcon_s_FG else 0  # that are no anchors
+        backbones = 2 if self.selfcon_m_FG else 1 if self.selfcon_s_FG else 0  # views that are no anchors
         check_views(views, at_least=2 if backbones else 1)
         if self.selfcon_m_FG:
             views = _crops_as_features(views)

@@ -1,18 +1,17 @@
 """SigLIP's pairwise sigmoid loss (Zhai et al. 2023, arXiv 2303.15343, algorithm 1) over the global batch."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from gc_accel.distributed import GlobalLoss, RankedBatch
 from gc_accel.losses import statistics
-from gc_accel.losses.inputs import check_pairs, full_precision
+from gc_accel.losses.base import BatchLoss, gather_labels, open_batch
+from gc_accel.losses.checks import check_pairs
 from gc_accel.losses.kernel.sigmoid import Positives, sigmoid_cross_entropy
-from gc_accel.losses.kernel.tiling import Own
+from gc_accel.losses.kernel.tiling import RowStats
 from gc_accel.losses.statistics import Similarities, similarities_within
 
 
-class SigLIPLoss(GlobalLoss):
+class SigLIPLoss(BatchLoss):
     """Each pair of the batch as a binary decision, of logits s = a·I·Tᵀ + b:
 
         L = -1/B sum_ij log sigmoid(y_ij s_ij),  y_ij = 1 for a pair that belongs together, -1 otherwise
@@ -25,11 +24,6 @@ class SigLIPLoss(GlobalLoss):
     `statistics` is as in `CLIPLoss`.
     """
 
-    def __init__(self, *, process_group: dist.ProcessGroup | None = None) -> None:
-        super().__init__()
-        self.process_group = process_group
-        self.statistics: dict[str, Tensor] = {}
-
     def forward(
         self,
         image: Tensor,
@@ -40,17 +34,14 @@ class SigLIPLoss(GlobalLoss):
     ) -> Tensor:
         """The loss of the global batch, 0-d; arguments and errors as in `CLIPLoss.forward`."""
         check_pairs(image, text, labels)
-        image, text, logit_scale, logit_bias = full_precision(image, text, logit_scale, logit_bias)
-        batch = RankedBatch(len(image), image.device, self.process_group)
-        texts, own = batch.gather(text), Own(image, batch.start)
-        classes = torch.arange(batch.total, device=image.device) if labels is None else batch.gather(labels)
-        positives = Positives(batch.start)
+        image, text, logit_scale, logit_bias, batch = open_batch(self, image, text, logit_scale, logit_bias)
+        texts, stats = batch.gather(text), RowStats(image, batch.start)
+        classes = gather_labels(labels, batch, image.device)
+        positives = Positives(batch.start, labels, classes)
+        total = sigmoid_cross_entropy(image, texts, logit_scale, logit_bias, positives, stats)
+        similarities = Similarities(stats.diagonal / logit_scale, torch.ones_like(stats.diagonal))
         if labels is not None:
-            positives = Positives(batch.start, labels, classes)
-        total = sigmoid_cross_entropy(image, texts, logit_scale, logit_bias, positives, own)
-        similar = Similarities(own.logits / logit_scale, torch.ones_like(own.logits))
-        if labels is not None:
-            similar = similarities_within(image.detach(), texts.detach(), classes, batch)
-        hits = classes[own.nearest] == classes[batch.own]
-        self.statistics = statistics.of_pairs(batch, image, texts, hits, similar, similar)
+            similarities = similarities_within(image.detach(), texts.detach(), classes, batch)
+        hits = classes[stats.nearest] == classes[batch.own]
+        self.statistics = statistics.of_pairs(batch, image, texts, hits, similarities, similarities)
         return batch.sum(total / batch.total)

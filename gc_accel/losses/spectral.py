@@ -1,15 +1,14 @@
 """The spectral contrastive loss (HaoChen et al. 2021, arXiv 2106.04156, equation 6)."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from gc_accel.distributed import GlobalLoss
-from gc_accel.losses.inputs import sample_views
+from gc_accel.losses.base import BatchLoss, Group, open_views
+from gc_accel.losses.checks import check_above_zero
 from gc_accel.losses.moments import squared_similarities
 
 
-class SpectralLoss(GlobalLoss):
+class SpectralLoss(BatchLoss):
     """Views x_i, y_i of a sample aligned, views of different samples orthogonal:
 
         L = 1/mu · [ -2 mean_i x_i.y_i  +  mean_{i≠j} (x_i.y_j)² ]
@@ -22,12 +21,10 @@ class SpectralLoss(GlobalLoss):
         process_group: ranks whose batches make up the global batch; None is the default group.
     """
 
-    def __init__(self, mu: float = 1.0, *, process_group: dist.ProcessGroup | None = None) -> None:
-        super().__init__()
-        if mu <= 0:
-            raise ValueError(f"expected mu above 0, got {mu}")
+    def __init__(self, mu: float = 1.0, *, process_group: Group = None) -> None:
+        super().__init__(process_group=process_group)
+        check_above_zero("mu", mu)
         self.mu = mu
-        self.process_group = process_group
 
     def forward(self, views: Tensor, labels: Tensor | None = None) -> Tensor:
         """The loss of the global batch, 0-d.
@@ -39,9 +36,8 @@ class SpectralLoss(GlobalLoss):
         Raises:
             ValueError: for another shape, and for a global batch of a single sample.
         """
-        views, batch = sample_views(self, views, at_most=2)
-        total = batch.total
-        radius = self.mu**0.5
+        views, batch = open_views(self, views, at_most=2)
+        total, radius = batch.total, self.mu**0.5
         views = views * (radius / torch.linalg.vector_norm(views, dim=2, keepdim=True).clamp(min=radius))
         first, second = views.unbind(1)
         matched = (first * second).sum(1)

@@ -2,10 +2,10 @@
 
 from typing import Literal
 
-import torch.distributed as dist
 from torch import Tensor
 
-from gc_accel.losses.inputs import check_option, check_views
+from gc_accel.losses.base import Group
+from gc_accel.losses.checks import check_option, check_views
 from gc_accel.losses.kernel.tiling import DEFAULT_TILE_BUDGET
 from gc_accel.losses.multiview import MultiViewLoss, Orphans, Variant
 
@@ -39,7 +39,7 @@ class SupConLoss(MultiViewLoss):
         variant: Variant = "out",
         contrast_mode: ContrastMode = "all",
         orphans: Orphans = "zero",
-        process_group: dist.ProcessGroup | None = None,
+        process_group: Group = None,
         tile_budget: int = DEFAULT_TILE_BUDGET,
     ) -> None:
         super().__init__(

@@ -1,12 +1,11 @@
 """A step that runs out of memory is taken back and made again with half the chunk.
 
-Gradients, buffers and random states go back to where the step began, on all ranks (`distributed/agreement.py`), so
-the new step equals one that began with the smaller chunk. Chunks that were read are kept by the step anyway.
+Gradients, buffers and random states go back to where the step began, on all ranks (`distributed/agreement.py`), so the
+new step equals one that began with the smaller chunk. Chunks that were read are kept by the step anyway.
 
-It cannot be taken back once ranks reduce gradients, nor where
-parameters are sharded and every call is a collective one. There the error says what to set. Memory that runs out while
-a chunk is read is not the step's: a generator does not go on after an error, and what is left of the batch would be
-trained on without a word.
+A step cannot be taken back once ranks reduce gradients, nor where parameters are sharded and every call is a
+collective one. There the error says what to set. Memory that runs out while a chunk is read is not the step's: a
+generator does not go on after an error, and what is left of the batch would be trained on without a word.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -31,19 +30,19 @@ class Reread:
     """Chunks that can be read again from the first, and are loaded once."""
 
     def __init__(self, chunks: Iterable[Inputs]) -> None:
-        self.read: list[Inputs] = []
+        self.loaded: list[Inputs] = []
         self.rest = iter(chunks)
-        self.is_reading = False  # or has failed to
+        self.is_reading = False  # stays True where reading has failed
 
     def __iter__(self) -> Iterator[Inputs]:
-        yield from self.read
+        yield from self.loaded
         while True:
             self.is_reading = True
             chunk = next(self.rest, None)
             self.is_reading = False
             if chunk is None:
                 return
-            self.read.append(chunk)
+            self.loaded.append(chunk)
             yield chunk
 
 

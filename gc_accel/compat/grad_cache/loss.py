@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gc_accel.distributed import RankedBatch, world_size
-from gc_accel.losses.inputs import full_precision
+from gc_accel.losses.checks import full_precision
 from gc_accel.losses.kernel.pairs import Pairs
 from gc_accel.losses.kernel.streaming import logsumexp_over_pairs
 
@@ -149,7 +149,7 @@ class ContrastiveLossWithQueryClosure(SimpleContrastiveLoss):
 def by_query(x: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """LSE_j x_i.y_j - x_i.y_t(i) of each query `(N,)`, zero where it does not count."""
     x, y = full_precision(x, y)
-    all_pairs = Pairs(target, torch.arange(len(y), device=y.device), own="in")
+    all_pairs = Pairs(target, torch.arange(len(y), device=y.device), equal_ids="in")
     counts = target != IGNORED
     positive = (x * y.index_select(0, target.where(counts, 0))).sum(1)
     return (logsumexp_over_pairs(x, y, x.new_ones(1), all_pairs) - positive).where(counts, 0)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gc_accel.losses.inputs import check_option, full_precision
+from gc_accel.losses.checks import check_option, full_precision
 from gc_accel.losses.multiview import MultiViewLoss, Orphans
 
 ContrastMode = Literal["all", "one"]

@@ -35,7 +35,7 @@ def hsic_loss(first: Tensor, second: Tensor, *, gamma: float = 3.0) -> Tensor:
     samples, count, _ = first.shape
     rows = samples * count
     centre = torch.eye(rows).to(first) - 1 / rows
-    kernel, other = (each.flatten(0, 1) @ each.flatten(0, 1).T for each in (first, second))
+    kernel, other = (x.flatten(0, 1) @ x.flatten(0, 1).T for x in (first, second))
     which = torch.arange(samples).repeat_interleave(count)
     together = kernel[which[:, None] == which].sum() / (rows * (count - 1))
     spread = (kernel @ centre @ other @ centre).trace() / rows**2

@@ -18,13 +18,14 @@ def clip_loss(
     """Twin of `CLIPLoss`."""
     candidates = text if negatives is None else torch.cat((text, negatives))
     logits = _logits(image, candidates, logit_scale, logit_bias)
-    own, alike = (matches(len(image), each) for each in (None, labels))
+    positives = matches(len(image), labels)
     if duplicates == "mask":
-        logits = logits.masked_fill(F.pad(alike & ~own, (0, len(candidates) - len(text))), -torch.inf)
-        alike = own
-    targets = alike / alike.sum(1, keepdim=True).to(logits)
+        same_class, positives = positives, matches(len(image), None)
+        masked = F.pad(same_class & ~positives, (0, len(candidates) - len(text)))
+        logits = logits.masked_fill(masked, -torch.inf)
+    targets = positives / positives.sum(1, keepdim=True).to(logits)
     square = logits[:, : len(text)]
-    attraction = (targets * square.masked_fill(~alike, 0)).sum(1)
+    attraction = (targets * square.masked_fill(~positives, 0)).sum(1)
     return (logits.logsumexp(1) + square.logsumexp(0) - 2 * attraction).mean() / 2
 
 

@@ -76,10 +76,10 @@ def _contrast(
 def dcl_loss(views: Tensor, *, temperature: float = 0.1, weights: Tensor | float = 1.0) -> Tensor:
     """Twin of `DCLLoss`; `weights` of the positives of each sample, `(B, 1)`."""
     rows, samples = views.flatten(0, 1), torch.arange(len(views)).repeat_interleave(views.shape[1])
-    logits, alike = rows @ rows.T / temperature, samples[:, None] == samples
-    siblings = alike & ~torch.eye(len(rows), dtype=torch.bool)
+    logits, same_sample = rows @ rows.T / temperature, samples[:, None] == samples
+    siblings = same_sample & ~torch.eye(len(rows), dtype=torch.bool)
     attraction = (logits * siblings).sum(1) / siblings.sum(1)
-    repulsion = logits.masked_fill(alike, -torch.inf).logsumexp(1)
+    repulsion = logits.masked_fill(same_sample, -torch.inf).logsumexp(1)
     return (repulsion.view(views.shape[:2]) - weights * attraction.view(views.shape[:2])).mean()
 
 
@@ -98,9 +98,9 @@ def align_uniform_loss(
     """Twin of `AlignUniformLoss`."""
     first, second = views.unbind(1)
     alignment = (first - second).norm(dim=1).pow(alpha).mean()
-    uniform = [each.sub(other).square().sum(2) for each, other in ((z[:, None], z) for z in (first, second))]
+    distances = [(z[:, None] - z).square().sum(2) for z in (first, second)]
     above = torch.ones(len(views), len(views), dtype=torch.bool).triu(1)
-    return alignment + uniformity / 2 * sum((-t * each[above]).exp().mean().log() for each in uniform)
+    return alignment + uniformity / 2 * sum((-t * x[above]).exp().mean().log() for x in distances)
 
 
 def spectral_loss(views: Tensor, *, mu: float = 1.0) -> Tensor:

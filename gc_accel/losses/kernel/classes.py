@@ -1,6 +1,8 @@
 """Sums over the rows of a class: positives of a supervised loss without a B x B mask.
 
 On CUDA the order of these sums is fixed under `torch.use_deterministic_algorithms` alone, elsewhere always.
+
+Shape letters: B samples, V views of each, K classes, D dim.
 """
 
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from gc_accel.losses.kernel.tiling import exact_sum
 
-BLOCK_CLASSES, SLAB_ROWS = 1024, 1024
+CLASSES_AT_ONCE, ROWS_AT_ONCE = 1024, 1024
 
 
 class Classes(NamedTuple):
@@ -47,19 +49,19 @@ def attraction(views: Tensor, classes: Classes, weights: Tensor, gradient: Tenso
 
         sum_i w_i z_i.(S - z_i)  =  sum_classes N.S  -  sum_i w_i z_i.z_i,    S = sum z_j,  N = sum w_j z_j
 
-    whose derivative by z_j is N + w_j (S - 2 z_j), with S and N of the class of j. Sums of a block of classes
-    and copies of a slab of rows exist at a time, so that beside the views nothing grows with B D.
+    whose derivative by z_j is N + w_j (S - 2 z_j), with S and N of the class of j. The sums of some classes and
+    copies of some rows exist at a time, so that beside the views nothing grows with B D.
 
     Args:
         views: `(B, V, D)`.
         classes: of the B samples.
         weights: `(B, V)`.
-        gradient: `(B, V, D)`, is added to; None: is not wanted.
+        gradient: `(B, V, D)`, is added to; None: not needed.
     """
     total = exact_sum(views.new_zeros(0))
-    for count, slabs in _blocks(classes, views.shape[1]):
+    for count, members in _classes_in_parts(classes, views.shape[1]):
         sums = views.new_zeros(2, count, views.shape[2])
-        for samples, which in slabs:
+        for samples, which in members:
             rows, weight = views[samples], weights[samples, :, None]
             sums[0].index_add_(0, which, rows.sum(1))
             sums[1].index_add_(0, which, (weight * rows).sum(1))
@@ -67,17 +69,17 @@ def attraction(views: Tensor, classes: Classes, weights: Tensor, gradient: Tenso
         total += exact_sum(sums[0] * sums[1])
         if gradient is None:
             continue
-        for samples, which in slabs:
-            rows, weight, (of_all, weighted) = views[samples], weights[samples, :, None], sums[:, which, None]
-            gradient.index_add_(0, samples, weighted + weight * (of_all - 2 * rows))
+        for samples, which in members:
+            rows, weight, (plain, weighted) = views[samples], weights[samples, :, None], sums[:, which, None]
+            gradient.index_add_(0, samples, weighted + weight * (plain - 2 * rows))
     return total
 
 
-def _blocks(classes: Classes, per_sample: int) -> Iterator[tuple[int, list[tuple[Tensor, Tensor]]]]:
-    """Blocks of classes: how many, and their samples, in slabs, with which class of the block each has."""
+def _classes_in_parts(classes: Classes, views: int) -> Iterator[tuple[int, list[tuple[Tensor, Tensor]]]]:
+    """The classes, some at a time: their number, and their samples, some at a time, each with its class among these."""
     order = classes.which.argsort(stable=True)
-    for sizes in classes.sizes.split(BLOCK_CLASSES):
+    for sizes in classes.sizes.split(CLASSES_AT_ONCE):
         members, order = order.tensor_split([int(sizes.sum())])
         first = classes.which[members[0]]
-        slabs = members.split(max(1, SLAB_ROWS // per_sample))
-        yield len(sizes), [(samples, classes.which[samples] - first) for samples in slabs]
+        parts = members.split(max(1, ROWS_AT_ONCE // views))
+        yield len(sizes), [(samples, classes.which[samples] - first) for samples in parts]

@@ -1,7 +1,7 @@
-"""Functions whose gradient costs least along with their value, and is then only multiplied.
+"""Functions that compute their gradient along with their value, because that costs least.
 
-It is given away in the backward pass, not copied, so that it exists once. A second backward pass through the
-same graph computes it again.
+The backward pass multiplies the gradient in place and hands it over without a copy, so that it exists once. A
+second backward pass through the same graph computes it again.
 """
 
 from collections.abc import Callable
@@ -16,21 +16,23 @@ Compute = Callable[[tuple[Any, ...], tuple[bool, ...]], tuple[Tensor, tuple[Grad
 
 
 def with_gradients(compute: Compute, *inputs: Tensor | None) -> Tensor:
-    """A scalar function of tensors, differentiable once.
+    """The value, 0-d, of a function of tensors, differentiable once.
 
     Args:
-        compute: from the inputs, and which of them need a gradient, to the value, 0-d, and the gradients.
-        inputs: tensors, or None for those that are left out.
+        compute: takes the inputs, and for each whether it needs a gradient; returns the value, 0-d, and for
+            each input a gradient of its shape, or None.
+        inputs: tensors of any shapes, at least one; None for one that is left out.
     """
-    device = next(each.device.type for each in inputs if each is not None)
+    device = next(x.device.type for x in inputs if x is not None)
     with torch.autocast(device, enabled=False):
         return _WithGradients.apply(compute, torch.is_grad_enabled(), *inputs)
 
 
 class _WithGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, compute: Compute, wanted: bool, *inputs: Tensor | None) -> Tensor:
-        ctx.compute, ctx.needed = compute, tuple(wanted and each for each in ctx.needs_input_grad[2:])
+    def forward(ctx: Any, compute: Compute, grad_enabled: bool, *inputs: Tensor | None) -> Tensor:
+        ctx.compute = compute
+        ctx.needed = tuple(grad_enabled and needed for needed in ctx.needs_input_grad[2:])
         ctx.save_for_backward(*inputs)
         value, ctx.gradients = compute(inputs, ctx.needed)
         return value
@@ -42,4 +44,4 @@ class _WithGradients(torch.autograd.Function):
         if gradients is None:
             with torch.autocast(grad.device.type, enabled=False):
                 _, gradients = ctx.compute(inputs, ctx.needed)
-        return None, None, *(None if each is None else each.mul_(grad) for each in gradients)
+        return None, None, *(None if x is None else x.mul_(grad) for x in gradients)

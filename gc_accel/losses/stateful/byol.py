@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gc_accel.distributed import RankedBatch
-from gc_accel.losses.inputs import check_views
+from gc_accel.losses.checks import check_views
 from gc_accel.losses.stateful.accumulated import AccumulatedLoss, Reps, output_of
 
 

@@ -6,11 +6,11 @@ Shape letters: N samples of the global batch, B of this rank, C of a chunk, Q ro
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from gc_accel.distributed import RankedBatch
-from gc_accel.losses.inputs import check_views
+from gc_accel.losses.base import Group
+from gc_accel.losses.checks import check_above_zero, check_views
 from gc_accel.losses.kernel.streaming import logsumexp_over_pairs
 from gc_accel.losses.kernel.tiling import DEFAULT_TILE_BUDGET
 from gc_accel.losses.stateful.accumulated import AccumulatedLoss, Reps
@@ -19,7 +19,7 @@ from gc_accel.losses.stateful.queue import Queue
 
 
 class Keys(NamedTuple):
-    """What the queries of a batch are compared with, by the view of the key."""
+    """The keys with which the queries of a batch are compared, by the view of the key."""
 
     positives: Tensor  # (B, 2, D)
     candidates: Tensor  # (N or Q, 2, D)
@@ -53,14 +53,12 @@ class MoCoLoss(AccumulatedLoss):
         queue_size: int = 0,
         dim: int = 128,
         teacher: MomentumEncoder | None = None,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: Group = None,
         tile_budget: int = DEFAULT_TILE_BUDGET,
     ) -> None:
         super().__init__(teacher=teacher, process_group=process_group)
-        if temperature <= 0:
-            raise ValueError(f"expected a temperature above 0, got {temperature}")
-        self.temperature = temperature
-        self.tile_budget = tile_budget
+        check_above_zero("a temperature", temperature)
+        self.temperature, self.tile_budget = temperature, tile_budget
         self.regime = "C" if queue_size else "B"
         self.queue = Queue(queue_size, dim) if queue_size else None
 
@@ -75,10 +73,8 @@ class MoCoLoss(AccumulatedLoss):
     def per_sample(self, reps: Reps, targets: Keys, rows: slice) -> Tensor:
         queries = reps.get("predictions", reps["views"])
         positives, candidates = targets.positives[rows], targets.candidates
-        terms = [
-            self._cross_entropy(queries[:, view], positives[:, 1 - view], candidates[:, 1 - view])
-            for view in (0, 1)
-        ]
+        views = ((0, 1), (1, 0))  # of a query and of its key
+        terms = [self._cross_entropy(queries[:, q], positives[:, k], candidates[:, k]) for q, k in views]
         return torch.stack(terms).sum(0) * (2 * self.temperature if self.queue is None else 0.5)
 
     def update(self, reps: Reps) -> None:
@@ -86,7 +82,7 @@ class MoCoLoss(AccumulatedLoss):
             self.queue.push(self.everywhere(reps["views"]).flatten(0, 1))
 
     def _cross_entropy(self, queries: Tensor, positives: Tensor, candidates: Tensor) -> Tensor:
-        """Of each query `(C, D)` against its positive and all candidates, `(C,)`."""
+        """The cross-entropy `(C,)` of each query `(C, D)`, from its positive `(C, D)` and candidates `(N or Q, D)`."""
         scale = queries.new_full((1,), 1 / self.temperature)
         total = logsumexp_over_pairs(queries, candidates, scale, None, tile_budget=self.tile_budget)
         positive = scale * (queries * positives).sum(1)

@@ -15,7 +15,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from gc_accel.distributed import world_size
-from gc_accel.losses.inputs import check_option
+from gc_accel.losses.checks import check_option
 
 Schedule = Literal["constant", "cosine"]
 
@@ -89,12 +89,12 @@ class MomentumEncoder(nn.Module):
         share = 1 - self.momentum
         if self.schedule == "cosine":
             share *= (math.cos(math.pi * progress) + 1) / 2
-        own, followed = ([*each.parameters(), *each.buffers()] for each in (self.encoder, encoder))
-        for mine, theirs in zip(own, followed, strict=True):
-            if mine.is_floating_point():
-                mine.lerp_(theirs, share)
+        averages, sources = ([*x.parameters(), *x.buffers()] for x in (self.encoder, encoder))
+        for average, source in zip(averages, sources, strict=True):
+            if average.is_floating_point():
+                average.lerp_(source, share)
             else:
-                mine.copy_(theirs)
+                average.copy_(source)
         # Statistics of BatchNorm are each rank's own until DDP's next forward, which takes those of rank 0.
         for buffer in self.encoder.buffers() if world_size() > 1 else ():
             dist.broadcast(buffer, src=0)

@@ -1,9 +1,9 @@
 """NNCLR, nearest-neighbour contrastive learning (Dwibedi et al. 2021, arXiv 2104.14548, equation 2)."""
 
-import torch.distributed as dist
 from torch import Tensor
 
-from gc_accel.losses.inputs import check_views, full_precision, sample_views
+from gc_accel.losses.base import Group, open_views
+from gc_accel.losses.checks import check_above_zero, check_views, full_precision
 from gc_accel.losses.kernel.streaming import logsumexp_over_pairs
 from gc_accel.losses.kernel.tiling import DEFAULT_TILE_BUDGET
 from gc_accel.losses.stateful.accumulated import Reps, StatefulLoss, output_of
@@ -33,14 +33,12 @@ class NNCLRLoss(StatefulLoss):
         *,
         queue_size: int = 65_536,
         dim: int = 128,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: Group = None,
         tile_budget: int = DEFAULT_TILE_BUDGET,
     ) -> None:
         super().__init__(process_group=process_group)
-        if temperature <= 0:
-            raise ValueError(f"expected a temperature above 0, got {temperature}")
-        self.temperature = temperature
-        self.tile_budget = tile_budget
+        check_above_zero("a temperature", temperature)
+        self.temperature, self.tile_budget = temperature, tile_budget
         self.queue = Queue(queue_size, dim)
 
     def forward(
@@ -59,7 +57,7 @@ class NNCLRLoss(StatefulLoss):
         reps = {"views": views} | ({} if predictions is None else {"predictions": predictions})
         predictions = output_of(reps, "predictions", "predictor")
         check_views(predictions, at_least=2, at_most=2)
-        views, batch = sample_views(self, views, at_most=2)
+        views, batch = open_views(self, views, at_most=2)
         (predictions,) = full_precision(predictions)
         neighbours = self.queue.nearest(views.detach().flatten(0, 1)).view_as(views)
         candidates = batch.gather(predictions)

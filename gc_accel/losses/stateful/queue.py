@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TILE_ROWS = 256  # of a search
+TILE_ROWS = 256  # of a search for the nearest rows
 
 
 class Queue(nn.Module):
-    """The latest rows `(Q, ...)`, in buffers: they go into checkpoints with the loss.
+    """The latest rows `(Q, ...)`, in buffers, which go into checkpoints with the loss.
 
     It begins with random rows of unit length, as MoCo's and NNCLR's do, the same on every rank.
 
@@ -63,10 +63,10 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def nearest(self, rows: Tensor) -> Tensor:
-        """Of each row `(N, D)` the nearest one in the queue by cosine, `(N, D)`. A few rows are compared at once."""
+        """The row of the queue nearest to each row `(N, D)` by cosine, `(N, D)`; a tile of rows is compared at once."""
         self.check(rows)
-        found = [(part @ self.rows.to(part).T).argmax(1) for part in rows.split(TILE_ROWS)]
-        return self.rows[torch.cat(found)].to(rows)
+        indices = [(part @ self.rows.to(part).T).argmax(1) for part in rows.split(TILE_ROWS)]
+        return self.rows[torch.cat(indices)].to(rows)
 
     def check(self, rows: Tensor) -> None:
         """Raise ValueError for rows of another shape."""

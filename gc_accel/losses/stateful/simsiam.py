@@ -5,7 +5,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from gc_accel.losses.inputs import check_views
+from gc_accel.losses.checks import check_views
 from gc_accel.losses.stateful.accumulated import AccumulatedLoss, Reps, output_of
 
 

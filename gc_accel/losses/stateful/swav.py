@@ -5,13 +5,15 @@ queue, D dim.
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from gc_accel.distributed import RankedBatch
-from gc_accel.losses.inputs import check_views
+from gc_accel.losses.base import Group
+from gc_accel.losses.checks import check_views
 from gc_accel.losses.stateful.accumulated import AccumulatedLoss, Reps, output_of
 from gc_accel.losses.stateful.queue import Queue
 
@@ -83,7 +85,7 @@ class SwAVLoss(AccumulatedLoss):
         queue_size: int = 0,
         dim: int = 128,
         prototypes: Callable[[Tensor], Tensor] | None = None,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: Group = None,
     ) -> None:
         super().__init__(process_group=process_group)
         if temperature <= 0 or epsilon <= 0 or iterations < 1 or assigned < 1:
@@ -96,43 +98,33 @@ class SwAVLoss(AccumulatedLoss):
         self.temperature, self.epsilon = temperature, epsilon
         self.iterations, self.assigned = iterations, assigned
         self.queue = Queue(queue_size, assigned, dim) if queue_size else None
-        self.prototypes = [prototypes]  # in a list: the encoder owns them
+        self.prototypes: list[Any] = [prototypes]  # in a list: the encoder owns them
 
     def targets(self, reps: Reps, batch: RankedBatch) -> Tensor:
         """Codes `(B, A, K)`."""
-        scores = self._checked(reps)
-        queued = self._queued().to(scores) if self.queue is not None and self.queue.is_full else None
+        scores = self._scores(reps)
+        queued = None
+        if self.queue is not None and self.queue.is_full:  # by the prototypes as they are now, (Q, A, K)
+            queued = self.prototypes[0](self.queue.rows).to(scores)
+        assign = partial(sinkhorn, batch=batch, epsilon=self.epsilon, iterations=self.iterations)
         codes = [
-            sinkhorn(
-                scores[:, view],
-                batch,
-                queued=None if queued is None else queued[:, view],
-                epsilon=self.epsilon,
-                iterations=self.iterations,
-            )
+            assign(scores[:, view], queued=None if queued is None else queued[:, view])
             for view in range(self.assigned)
         ]
         return torch.stack(codes, 1)
 
     def per_sample(self, reps: Reps, targets: Tensor, rows: slice) -> Tensor:
-        log_shares = (self._checked(reps) / self.temperature).log_softmax(2)  # (C, V, K)
+        log_shares = (self._scores(reps) / self.temperature).log_softmax(2)  # (C, V, K)
         entropies = -torch.einsum("cak,cvk->cav", targets[rows], log_shares)
-        own = torch.eye(self.assigned, log_shares.shape[1], dtype=torch.bool, device=log_shares.device)
-        return entropies.masked_fill(own, 0).sum(2).mean(1) / (log_shares.shape[1] - 1)
+        is_same_view = torch.eye(*entropies.shape[1:], dtype=torch.bool, device=entropies.device)
+        return entropies.masked_fill(is_same_view, 0).sum(2).mean(1) / (log_shares.shape[1] - 1)
 
     def update(self, reps: Reps) -> None:
         if self.queue is not None:
             self.queue.push(self.everywhere(reps["views"][:, : self.assigned]))
 
-    def _checked(self, reps: Reps) -> Tensor:
-        """Scores `(B, V, K)`."""
+    def _scores(self, reps: Reps) -> Tensor:
+        """The checked scores `(B, V, K)` among the outputs of the encoder."""
         scores = output_of(reps, "scores", "prototypes")
         check_views(scores, at_least=max(2, self.assigned))
         return scores
-
-    def _queued(self) -> Tensor:
-        """Scores `(Q, A, K)` of the queue, by the prototypes as they are now."""
-        assert self.queue is not None
-        (prototypes,) = self.prototypes
-        assert prototypes is not None, "the constructor saw them"
-        return prototypes(self.queue.rows)

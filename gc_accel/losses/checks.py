@@ -1,11 +1,12 @@
-"""What losses ask of their inputs and options."""
+"""What losses ask of their inputs and options.
+
+Shape letters: B samples of this rank, V views, H hard negatives, D dim.
+"""
 
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
-
-from gc_accel.distributed import RankedBatch
 
 
 def check_pairs(
@@ -40,33 +41,19 @@ def check_views(
         raise ValueError(f"expected a label per sample, shape ({len(views)},), got {tuple(labels.shape)}")
 
 
-def full_precision(*tensors: Tensor | None) -> list:
-    """Half precision to float32; float32 and float64 stay."""
-    half = (torch.float16, torch.bfloat16)
-    return [each.float() if each is not None and each.dtype in half else each for each in tensors]
-
-
 def check_option(name: str, value: str, allowed: Any) -> None:
     """Raise ValueError unless `value` is one of those that the `Literal` type allows."""
     if value not in get_args(allowed):
         raise ValueError(f"expected {name} to be one of {get_args(allowed)}, got {value!r}")
 
 
-def sample_views(loss: Any, views: Tensor, *, at_most: int | None = None) -> tuple[Tensor, RankedBatch]:
-    """At least two views of each sample in full precision, and the global batch that they are part of.
+def check_above_zero(names: str, *values: float) -> None:
+    """Raise ValueError, in which the values have these names, unless all of them are above 0."""
+    if any(value <= 0 for value in values):
+        raise ValueError(f"expected {names} above 0, got {' and '.join(map(str, values))}")
 
-    Raises ValueError for another shape, and for a global batch of a single sample, where nothing is to be
-    contrasted.
 
-    Args:
-        loss: has a `process_group`.
-        views: `(B, V, D)`, of this rank.
-        at_most: largest V.
-    """
-    check_views(views, at_least=2, at_most=at_most)
-    (views,) = full_precision(views)
-    batch = RankedBatch(len(views), views.device, loss.process_group)
-    if batch.total < 2:
-        name = type(loss).__name__
-        raise ValueError(f"expected at least 2 samples in the global batch of {name}, got {batch.total}")
-    return views, batch
+def full_precision(*tensors: Tensor | None) -> list:
+    """Half precision to float32; float32, float64 and None stay."""
+    half = (torch.float16, torch.bfloat16)
+    return [x.float() if x is not None and x.dtype in half else x for x in tensors]
