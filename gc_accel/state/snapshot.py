@@ -24,7 +24,7 @@ class Snapshot:
         self.values: dict[Tensor, Tensor] = {}  # tensors that a step may write to, and their copies
         self.buffers: dict[nn.Module, dict[str, Tensor]] = {}  # which a step may replace by others
         self.grads: dict[Tensor, tuple[Tensor | None, Tensor | None]] = {}  # the gradient itself, and a copy
-        self.modules = set[nn.Module]()
+        self.modules = set[nn.Module]()  # met since the beginning, or since everything was put back
 
     def note(self, module: nn.Module, *, buffers: bool = True) -> None:
         """Note the gradients of a module, and its buffers."""
@@ -51,8 +51,9 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put everything back."""
+        """Put everything back; whoever goes on from here meets modules anew."""
         self.rng.restore()
+        self.modules.clear()
         for module, buffers in self.buffers.items():
             for name, buffer in buffers.items():
                 if getattr(module, name) is not buffer:
