@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from gc_accel import functional
-from gc_accel.compat.grad_cache import functional as published_names
 from gc_accel.compat.functional import cached, cat_input_tensor, gather_input_tensor
+from gc_accel.compat.grad_cache import functional as published_names
 from tests.comparing import assert_equal
 from tests.compat_programs import PACKAGES, bert, pooled, published, take_gradients, tokens
 
