@@ -290,6 +290,8 @@ class TestRefused:
     def test_batch_norm_in_training_mode(self):
         models = [nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)).double(), Map(2)]
         self.check("BatchNorm in training mode", rows(), rows(), models=models)
+        self.check("BatchNorm in training mode", rows(), rows(), models=[lambda x: models[0](x), models[1]])
+        assert models[0][1].num_batches_tracked == 0
         models[0].eval()
         assert_same_step(
             models,
@@ -298,9 +300,10 @@ class TestRefused:
         )
 
 
-def test_ghost_batch_norm_updates_its_statistics_once():
+@pytest.mark.parametrize("wrapped", [lambda model: model, lambda model: lambda x: model(x)])
+def test_ghost_batch_norm_updates_its_statistics_once(wrapped):
     model, b, x, y = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)).double(), Map(2), rows(12), rows(12)
-    cache = GradCache([model, b], 4, SimpleContrastiveLoss(), batch_norm="ghost")
+    cache = GradCache([wrapped(model), b], 4, SimpleContrastiveLoss(), batch_norm="ghost")
     assert_same_step(
         [model, b],
         lambda: cache(x, y),

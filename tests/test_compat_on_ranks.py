@@ -83,6 +83,41 @@ def text_step(rank, *seeds):
     return step.result(cache(x, y, no_sync_except_last=True, reduction="mean"))
 
 
+def tied_around_another_step(rank, package=GradCache):
+    """Three inputs for two models: the first model is also the last."""
+    step, own = Step(map_of(1), map_of(2)), slice(4 * rank, 4 * rank + 4)
+    first, second = step.wrapped
+    cache = package([first, second, first], 3, triple_contrast)
+    return step.result(cache(*(numbers(seed=seed)[own] for seed in (1, 2, 3))))
+
+
+def triple_contrast(x, y, z):
+    loss = DistributedContrastiveLoss()
+    return loss(x, y) + loss(y, z)
+
+
+class ByHand(GradCache):
+    """A second pass that knows of no ranks."""
+
+    def forward_backward(self, model, model_inputs, cached_gradients, random_states, no_sync_except_last):
+        for chunk, gradient, state in zip(model_inputs, cached_gradients, random_states, strict=True):
+            with state:
+                reps = self.get_reps(self.model_call(model, chunk))
+            (reps * gradient).sum().backward()
+
+
+def passes_by_themselves_step(rank):
+    """Both passes of a model as methods that a step of one's own calls."""
+    step, own = Step(map_of(1), map_of(2)), slice(4 * rank, 4 * rank + 4)
+    cache = GradCache(step.wrapped, 3, DistributedContrastiveLoss())
+    chunked = [cache.split_inputs(numbers(seed=seed)[own], 3) for seed in (1, 2)]
+    encoded = [cache.forward_no_grad(*each) for each in zip(step.wrapped, chunked, strict=True)]
+    gradients, loss = cache.build_cache(*(rep for rep, _ in encoded))
+    for model, chunks, gradient, (_, states) in zip(step.wrapped, chunked, gradients, encoded, strict=True):
+        cache.forward_backward(model, chunks, gradient.split(3), states, no_sync_except_last=True)
+    return step.result(loss)
+
+
 def hard_negatives_step(rank, target=None):
     step, own = Step(map_of(1), map_of(2)), slice(4 * rank, 4 * rank + 4)
     candidates = numbers(24, seed=2).view(8, 3, 6)[own].flatten(0, 1)
@@ -171,6 +206,9 @@ def all_steps(rank):
         ),
         "two encoders": text_step(rank, 7, 8),
         "tied": text_step(rank, 7),
+        "tied around another": tied_around_another_step(rank),
+        "tied around another, by hand": tied_around_another_step(rank, ByHand),
+        "passes by themselves": passes_by_themselves_step(rank),
         "hard negatives": hard_negatives_step(rank),
         "target": hard_negatives_step(rank, torch.arange(8) * 2),
         "global loss": global_loss_step(rank),
@@ -237,6 +275,18 @@ def test_text_encoders_and_a_tied_one_that_is_reduced_once(two_ranks):
     x, y = tokens(8, 1), tokens(8, 2)
     assert_ranks(two_ranks, "two encoders", [a, b], contrast(pooled(a(**x)), pooled(b(**y))))
     assert_ranks(two_ranks, "tied", [a], contrast(pooled(a(**x)), pooled(a(**y))))
+
+
+@pytest.mark.parametrize("name", ["tied around another", "tied around another, by hand"])
+def test_a_model_that_is_listed_twice_is_reduced_once_wherever_it_stands(two_ranks, name):
+    a, b = map_of(1), map_of(2)
+    x, y, z = a(numbers()), b(numbers(seed=2)), a(numbers(seed=3))
+    assert_ranks(two_ranks, name, [a, b], contrast(x, y) + contrast(y, z))
+
+
+def test_passes_outside_of_a_step_reduce_with_their_last_chunk(two_ranks):
+    a, b = map_of(1), map_of(2)
+    assert_ranks(two_ranks, "passes by themselves", [a, b], contrast(a(numbers()), b(numbers(seed=2))))
 
 
 def test_hard_negatives_follow_their_positive_on_every_rank(two_ranks):

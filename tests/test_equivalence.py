@@ -29,6 +29,7 @@ from gc_accel.data import (
 )
 from gc_accel.equivalence import check_equivalence_chunks, representation_drift
 from gc_accel.losses import CLIPLoss, NTXentLoss, SigLIPLoss, dense
+from gc_accel.passes import Passes
 from tests.models import IMAGE, MODELS, dual_encoder, image_text_batch
 from tests.ranks import run_on_ranks
 from tests.test_gradient_cache import Pair, pair_loss, structures
@@ -209,19 +210,21 @@ class TestChunks:
 class TestDifferent:
     """A cached step that is wrong is seen."""
 
-    def wrong(self, monkeypatch, name, replacement):
-        original = getattr(GradientCache, name)
-        monkeypatch.setattr(
-            GradientCache, name, lambda *args, **kwargs: replacement(original, *args, **kwargs)
-        )
+    def wrong(self, monkeypatch, owner, name, replacement):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: replacement(original, *args))
         return check_dual()
 
     def test_a_chunk_that_is_left_out(self, monkeypatch):
-        def push(original, self, each, *, sync):
-            if sync or each.leaves.keys() != {"image", "logit_scale"}:
-                original(self, each, sync=sync)
+        pushed = []
 
-        report = self.wrong(monkeypatch, "_push", push)
+        def push(original, self, encoded):
+            pushed.append(set(encoded.leaves))
+            if pushed.count({"image", "logit_scale"}) != 3 or "text" in encoded.leaves:
+                original(self, encoded)
+
+        report = self.wrong(monkeypatch, Passes, "push", push)
+        assert pushed.count({"image", "logit_scale"}) == 3, "chunks of 4, 4 and 3"
         assert not report.ok
         assert report.max_relative_error > 0.1
         assert "vision" in next(iter(report.parameters))
@@ -231,12 +234,12 @@ class TestDifferent:
     def test_a_scale_that_is_slightly_off(self, monkeypatch):
         def gradients(original, self, calls, loss_kwargs):
             loss = original(self, calls, loss_kwargs)
-            for leaves, _ in calls:
-                for leaf in leaves.values():
+            for encoded in calls:
+                for leaf in encoded.leaves.values():
                     leaf.grad = None if leaf.grad is None else leaf.grad * (1 + 1e-7)
             return loss
 
-        report = self.wrong(monkeypatch, "_cache_gradients", gradients)
+        report = self.wrong(monkeypatch, GradientCache, "cache_gradients", gradients)
         assert report.max_relative_error == pytest.approx(1e-7, rel=0.01)
         assert not report.ok
 
@@ -311,6 +314,31 @@ class TestSuspects:
         assert "ghost" in suspects(ghost)["BatchNorm"].finding
         assert encoder[1].training
         assert encoder[1].num_batches_tracked == 0
+
+    @pytest.mark.parametrize("policy", ["error", "frozen", "ghost"])
+    def test_batch_norm_behind_a_function(self, policy):
+        """It is met when the function calls it, by the reference too."""
+        model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 5)).double()
+        report = check_equivalence(lambda x: model(x), pair_loss, x(12), 3, batch_norm=policy)
+        expected = check_equivalence(model, pair_loss, x(12), 3, batch_norm=policy)
+        assert (report.ok, report.compared, report.reference) == (
+            expected.ok,
+            expected.compared,
+            expected.reference,
+        )
+        assert report.ok == (policy != "error"), report
+        assert suspects(report).keys() == suspects(expected).keys()
+        assert len(report.parameters) == 6
+        assert model[1].training
+        assert model[1].track_running_stats
+        assert model[1].num_batches_tracked == 0
+
+    def test_frozen_batch_norm_without_running_statistics_is_refused(self):
+        model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5, track_running_stats=False)).double()
+        for encoder in (model, lambda x: model(x)):
+            with pytest.raises(ValueError, match="expected no BatchNorm in training mode"):
+                check_equivalence(encoder, pair_loss, x(12), 3, batch_norm="frozen")
+        assert model[1].training
 
     @pytest.mark.parametrize("kind", ["clip", "vision_text", "open_clip"])
     def test_dropout_is_compared_with_the_chunked_reference(self, kind):

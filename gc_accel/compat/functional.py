@@ -5,11 +5,11 @@
     again(reps)                                     for every chunk: second pass, with its cached gradient
 
 The names, arguments and order are those of the GradCache package (Gao et al. 2021, arXiv 2101.06983). Each call
-is one call of `encode` in `encoding.py`, so the random draws of the CPU and of the device are replayed.
+is one call of `encode` (`gc_accel/engine/encoding.py`), so the random draws of the CPU and of the device are replayed.
 
 Under DistributedDataParallel call all but the last `again` inside `no_sync()`, and hand W times the loss of the
 global batch to `backward`, because the mean over W ranks is where the chain rule wants the sum: the rule stands
-in `distributed.py`, and here no engine applies it.
+in `gc_accel/distributed/replicas.py`, and here no engine applies it.
 """
 
 from collections.abc import Callable

@@ -2,17 +2,13 @@
 
 from typing import Any
 
-import torch
-from accelerate.utils import send_to_device
-from torch import nn
+from torch import Tensor, nn
 
-from gc_accel.state.modules import in_mode
+from gc_accel.state.repeat import is_inert
 
-TOLERANCE = 1e-4  # distance of unit vectors that rounding explains
 LONG = 32  # words of a caption that stands for any long one, where the tokenizer has no limit
 
 
-@torch.no_grad()
 def padding_is_inert(encoder: nn.Module, collator: Any) -> bool:
     """Whether the embedding of a caption stays the same however far it is padded, on either side.
 
@@ -20,21 +16,17 @@ def padding_is_inert(encoder: nn.Module, collator: Any) -> bool:
     positions that a tower counts. There each chunk's own width would change the result, so that captions have to
     be padded to the maximum. (Rotary positions may move: a decoder's captions are padded to their chunk's width.)
 
-    Args:
-        encoder: has a "text" stream.
-        collator: an `ImageTextCollator`.
-
     Raises:
         ValueError: it does not stay the same, and the collator knows no maximum length to pad to.
     """
     if collator.padding == "max_length":
         return True
-    device = next(encoder.parameters()).device
     short, long = "a", "a " * (collator.max_length or LONG)
-    with in_mode(encoder, training=False):
-        alone = encoder(text=send_to_device(collator.tokenize([short]), device))["text"]
-        padded = encoder(text=send_to_device(collator.tokenize([short, long]), device))["text"][:1]
-    inert = bool((alone - padded).norm() < TOLERANCE)
+
+    def represent(text: Any) -> dict[str, Tensor]:
+        return {"text": encoder(text=text)["text"][:1]}
+
+    inert = is_inert(encoder, represent, collator.tokenize([short]), collator.tokenize([short, long]))
     if not inert and collator.max_length is None:
         raise ValueError(
             "expected a maximum length, because the text tower sees how far captions are padded, got a tokenizer "

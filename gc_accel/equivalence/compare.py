@@ -1,6 +1,6 @@
 """A cached step beside its reference, as a report."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from math import nan
 from typing import Any
@@ -22,28 +22,27 @@ MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def compare(steps: Steps, chunk_size: int | Mapping[str, int], tolerance: float | None) -> EquivalenceReport:
     """Take the steps that the model calls for, in the same order on every rank."""
     replicas = steps.cache.replicas
-    refused = examine.refusal(steps.cache)
-    direct = steps.direct()
+    direct, refused = steps.direct(), steps.refused
     precision = _precision(steps.parameters.values(), replicas)
     allowed = allowed_error(precision) if tolerance is None else tolerance
-    found = examine.in_forward(steps, direct, refused) + examine.in_loss(steps, direct, allowed)
-    found += examine.in_gradients(direct.gradients)
+    suspected = examine.in_forward(steps, direct) + examine.in_loss(steps, direct, allowed)
+    suspected += examine.in_gradients(direct.gradients)
     if torch.finfo(precision).bits < 32:
-        found.append(suspects.autocast(precision, allowed))
+        suspected.append(suspects.autocast(precision, allowed))
     # What a cached step refuses BatchNorm for shows in the chunks in one graph.
-    got = steps.cached() if refused is None else steps.in_chunks()
+    outcome = steps.cached() if refused is None else steps.in_chunks()
     ghosts = steps.cache.batch_norms.policy == "ghost"
     grouped = _over_ranks({"grouped": float(direct.drew or ghosts)}, replicas)["grouped"] > 0
     expected = steps.replayed() if grouped and refused is None else direct
-    errors = _over_ranks(gradient_errors(got.gradients, expected.gradients), replicas)
-    drift = steps.cache.passes.drift if refused is None else nan
-    rest = _over_ranks({"loss": loss_error(got.loss, expected.loss), "drift": drift}, replicas)
+    errors = _over_ranks(gradient_errors(outcome.gradients, expected.gradients), replicas)
+    drift = float(steps.cache.passes.drift) if refused is None else nan
+    rest = _over_ranks({"loss": loss_error(outcome.loss, expected.loss), "drift": drift}, replicas)
     report = EquivalenceReport(
         parameters=dict(sorted(errors.items(), key=lambda item: (-order(item[1]), item[0]))),
-        loss=float(got.loss),
+        loss=float(outcome.loss),
         loss_difference=rest["loss"],
         representation_difference=rest["drift"],
-        suspects=found,
+        suspects=suspected,
         tolerance=allowed,
         reference=WHOLE if expected is direct else CHUNKED,
         compared=refused is None and not examine.all_zero(expected.gradients),
@@ -52,7 +51,7 @@ def compare(steps: Steps, chunk_size: int | Mapping[str, int], tolerance: float 
         precision=str(precision).removeprefix("torch."),
     )
     if steps.padded and not report.ok:
-        return replace(report, suspects=[*found, suspects.padding(steps.padded)])
+        return replace(report, suspects=[*suspected, suspects.padding(steps.padded)])
     return report
 
 
@@ -88,8 +87,10 @@ def _precision(parameters: Iterable[Tensor], replicas: Replicas) -> torch.dtype:
 
 def _over_ranks(errors: Mapping[str, float], replicas: Replicas) -> dict[str, float]:
     """The largest of each over all ranks, on all of them."""
-    found: list[Any] = [errors] * replicas.world_size
+    of_ranks: list[Any] = [errors] * replicas.world_size
     if replicas.world_size > 1:
-        dist.all_gather_object(found, errors, group=replicas.group)
-    names: Sequence[str] = list(dict.fromkeys(name for each in found for name in each))
-    return {name: max((each[name] for each in found if name in each), key=order) for name in names}
+        dist.all_gather_object(of_ranks, errors, group=replicas.group)
+    largest = dict[str, float]()
+    for name, error in (pair for of_rank in of_ranks for pair in of_rank.items()):
+        largest[name] = max(largest.get(name, error), error, key=order)
+    return largest

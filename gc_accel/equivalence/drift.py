@@ -9,9 +9,10 @@ from torch import nn
 
 from gc_accel.contracts import streams_of
 from gc_accel.engine.encoding import encode
-from gc_accel.equivalence.errors import order, representation_error
+from gc_accel.equivalence.errors import order
 from gc_accel.equivalence.state import State
 from gc_accel.inputs.nested import Inputs
+from gc_accel.state.repeat import difference
 
 
 def representation_drift(encoder: Callable[..., Any], chunk: Inputs, device: torch.device) -> float:
@@ -31,9 +32,9 @@ def representation_drift(encoder: Callable[..., Any], chunk: Inputs, device: tor
         model = extract_model_from_parallel(encoder, keep_torch_compile=False)
     modules = model.named_modules() if isinstance(model, nn.Module) else ()
     streams = streams_of(model)
-    largest = 0.0
+    differences = [0.0]
     with State(modules, device, weights=False).kept():
         for name, part in streams.split(chunk).items():
             encoded = encode(model, streams.arguments(name, part), device=device)
-            largest = max(largest, representation_error(encoded.replay(), encoded.leaves), key=order)
-    return largest
+            differences.append(float(difference(encoded.replay(), encoded.leaves)))
+    return max(differences, key=order)

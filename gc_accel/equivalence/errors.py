@@ -8,7 +8,6 @@ error of a tensor is
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,23 +36,14 @@ def gradient_errors(got: Gradients, expected: Gradients) -> dict[str, float]:
     Names without a gradient on either side are left out.
     """
     pairs = {name: (got.get(name), expected.get(name)) for name in got.keys() | expected.keys()}
-    found = {name: _in_full(a, b) for name, (a, b) in pairs.items() if a is not None or b is not None}
-    largest = max((float(b.norm()) for _, b in found.values()), default=0.0)
+    present = {name: _in_full(a, b) for name, (a, b) in pairs.items() if a is not None or b is not None}
+    largest = max((float(b.norm()) for _, b in present.values()), default=0.0)
     dtypes = [value.dtype for value in expected.values() if value is not None]
     floor = FLOOR.get(coarsest(*dtypes), LOW_FLOOR) if dtypes else LOW_FLOOR
     return {
-        n: ratio(float((a - b).norm()), max(float(b.norm()), floor * largest)) for n, (a, b) in found.items()
+        name: ratio(float((a - b).norm()), max(float(b.norm()), floor * largest))
+        for name, (a, b) in present.items()
     }
-
-
-def representation_error(got: Mapping[Any, Tensor], expected: Mapping[Any, Tensor]) -> float:
-    """The largest error of a sample's representation, relative to its own norm."""
-    errors = [0.0]
-    for name, reference in expected.items():
-        a, b = _in_full(got[name], reference)
-        rows = zip((a - b).reshape(len(b), -1).norm(dim=1), b.reshape(len(b), -1).norm(dim=1), strict=True)
-        errors += [ratio(float(difference), float(size)) for difference, size in rows]
-    return max(errors, key=order)
 
 
 def loss_error(got: Tensor, expected: Tensor) -> float:

@@ -5,27 +5,29 @@ does not rest on the engine's passes, on its scaling, or on its reductions. Of t
 a loss is called on the representations of all ranks.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate.utils import send_to_device
-from torch import Tensor
+from torch import Tensor, nn
 
 from gc_accel.contracts import AccumulatedLoss, streams_of
 from gc_accel.engine.encoding import Encoded, Named
 from gc_accel.engine.loss_of_batch import global_loss
 from gc_accel.engine.schedule import Chunk
-from gc_accel.equivalence.errors import Gradients, order, representation_error
+from gc_accel.equivalence.errors import Gradients
 from gc_accel.equivalence.state import State
 from gc_accel.gradient_cache import GradientCache
 from gc_accel.inputs.joining import join
 from gc_accel.inputs.nested import Inputs, batch_size, call, named, split
 from gc_accel.passes import Passes
 from gc_accel.state.graph import leaves_and_nodes
+from gc_accel.state.modules import meeting
+from gc_accel.state.repeat import difference
 from gc_accel.state.snapshot import Snapshot
 
 
@@ -34,12 +36,12 @@ class WatchedPasses(Passes):
 
     Attributes:
         encoded: what the encoder was called with, call by call, in the order of the samples of each stream.
-        drift: largest difference between the two representations of a sample, relative.
+        drift: largest difference between the two representations of a sample, relative, 0-d.
     """
 
     def begin_step(self, snapshot: Snapshot) -> None:
         super().begin_step(snapshot)
-        self.encoded, self.drift = list[Inputs](), 0.0
+        self.encoded, self.drift = list[Inputs](), torch.zeros((), device=self.replicas.device)
 
     def encode_chunk(self, chunk: Chunk, keep_graph: bool) -> Encoded:
         encoded = super().encode_chunk(chunk, keep_graph)
@@ -47,7 +49,7 @@ class WatchedPasses(Passes):
 
         def watched() -> Named:
             outputs = encoded.replay()
-            self.drift = max(self.drift, representation_error(outputs, encoded.leaves), key=order)
+            self.drift = torch.maximum(self.drift, difference(outputs, encoded.leaves))
             return outputs
 
         return encoded._replace(replay=watched)
@@ -66,7 +68,7 @@ class WatchedCache(GradientCache):
 
 
 @dataclass(frozen=True)
-class Step:
+class Outcome:
     """Loss and gradients of a step; of a reference also what its forward did besides."""
 
     loss: Tensor  # 0-d
@@ -87,6 +89,10 @@ class Steps:
         parameters: by name; leaves that only a graph knows are added.
         chunks: of the batch.
         loss_kwargs: as the cached step gets them.
+
+    Attributes:
+        refused: what the cached step says against the BatchNorm layers of the encoder, if anything; known once a
+            reference was taken.
     """
 
     def __init__(
@@ -99,32 +105,35 @@ class Steps:
     ) -> None:
         self.cache, self.state, self.parameters = cache, state, parameters
         self.chunks, self.loss_kwargs = chunks, loss_kwargs
+        self.refused: str | None = None
         batch, self.padded = join(chunks)
         self.size = batch_size(batch)
         self.streams = streams_of(cache.model)
         extras = send_to_device(self.streams.extras(batch), cache.replicas.device)
         self.inputs, self.all_kwargs = self._whole(batch), {**loss_kwargs, **extras}
 
-    def direct(self) -> Step:
+    def direct(self) -> Outcome:
         """The whole batch in one call."""
         return self._reference([self.inputs])
 
-    def in_chunks(self) -> Step:
+    def in_chunks(self) -> Outcome:
         """The chunks in one graph, each with all its streams."""
         size = max(self.cache.chunk_sizes.values())
         return self._reference([self._whole(piece) for chunk in self.chunks for piece in split(chunk, size)])
 
-    def replayed(self) -> Step:
+    def replayed(self) -> Outcome:
         """The calls of the cached step's first pass, from the same random numbers, in one graph."""
         return self._reference(self.cache.passes.encoded)
 
-    def cached(self) -> Step:
+    def cached(self) -> Outcome:
         """The step that training takes, without what a scaler and accumulation put into its gradients."""
         self.state.rewind()
         loss = self.cache.forward_backward_chunks(self.chunks, **self.loss_kwargs)
-        grads = {name: p.grad for name, p in self.parameters.items()}
+        gradients = {name: parameter.grad for name, parameter in self.parameters.items()}
         unscaled = self.cache.replicas.unscaled
-        return Step(loss, {name: None if grad is None else unscaled(grad) for name, grad in grads.items()})
+        return Outcome(
+            loss, {name: grad if grad is None else unscaled(grad) for name, grad in gradients.items()}
+        )
 
     def encode(self, calls: Iterable[Inputs], encoder: Callable[..., Any] | None = None) -> Named:
         """Representations of all calls, in float32 (float64 stays).
@@ -133,12 +142,12 @@ class Steps:
             calls: what the encoder is called with, in the order of the samples.
             encoder: by default that of the cache.
         """
-        encoded: dict[Any, list[Tensor]] = {}
+        parts: dict[Any, list[Tensor]] = {}
         for inputs in calls:
             for name, output in self._call(encoder or self.cache.model, inputs).items():
-                encoded.setdefault(name, []).append(output)
+                parts.setdefault(name, []).append(output)
         shared = self.streams.global_names
-        return {name: rows[0] if name in shared else torch.cat(rows) for name, rows in encoded.items()}
+        return {name: rows[0] if name in shared else torch.cat(rows) for name, rows in parts.items()}
 
     def teach(self, calls: Iterable[Inputs]) -> Named | None:
         """What the momentum encoder makes of all calls, in the order of `encode`, if the loss has one."""
@@ -167,27 +176,46 @@ class Steps:
         parts = self.streams.split(batch)
         return parts.get(None, parts)
 
-    def _reference(self, calls: Sequence[Inputs]) -> Step:
+    def _reference(self, calls: Sequence[Inputs]) -> Outcome:
         self.state.rewind()
-        if self.cache.batch_norms.policy == "frozen":
-            self.cache.batch_norms.begin_step()
-        outputs = self.encode(calls)
-        drew, changed = not self.state.rng.is_current(), self.state.changed()
+        with self._under_policy():
+            outputs = self.encode(calls)
+        drew, changed = self.state.has_drawn(), self.state.changed()
         taught = self.teach(calls)
         loss = self.loss(outputs, taught)
         leaves, nodes = leaves_and_nodes(loss)
-        self._add(leaves)
+        self._name(leaves)
         self.state.take_gradients(self.parameters.values())
         loss.backward()
         gradients = {name: self._summed(parameter) for name, parameter in self.parameters.items()}
         outputs = {name: output.detach() for name, output in outputs.items()}
-        return Step(loss.detach(), gradients, outputs, taught, drew, changed, nodes)
+        return Outcome(loss.detach(), gradients, outputs, taught, drew, changed, nodes)
+
+    @contextmanager
+    def _under_policy(self) -> Iterator[None]:
+        """A block in which BatchNorm layers are as in the cached step, but for those that it would refuse."""
+        norms = self.cache.batch_norms
+
+        def meet(module: nn.Module) -> None:
+            try:
+                norms.meet(module)
+            except ValueError as error:
+                if norms.policy != "error":
+                    raise
+                self.refused = self.refused or str(error)
+
+        if isinstance(self.cache.model, nn.Module):
+            meet(self.cache.model)
+            yield
+        else:
+            with meeting(meet):
+                yield
 
     def _call(self, encoder: Callable[..., Any], inputs: Inputs) -> Named:
         outputs = named(call(encoder, send_to_device(inputs, self.cache.replicas.device)))
         return {name: out if out.dtype == torch.float64 else out.float() for name, out in outputs.items()}
 
-    def _add(self, leaves: Iterable[Tensor]) -> None:
+    def _name(self, leaves: Iterable[Tensor]) -> None:
         """Name leaves of a graph that are no parameters of the encoder or the loss as modules."""
         known, names = set(self.parameters.values()), self.state.parameter_names()
         for leaf in leaves:
@@ -202,6 +230,6 @@ class Steps:
             return parameter.grad
         present = torch.tensor(float(parameter.grad is not None), device=replicas.device)
         total = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        for each in (present, total):
-            dist.all_reduce(each, group=replicas.group)
+        dist.all_reduce(present, group=replicas.group)
+        dist.all_reduce(total, group=replicas.group)
         return total if present else None

@@ -24,15 +24,16 @@ Shape letters: B batch, C chunk, L tokens, M texts of a sample.
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel, send_to_device
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
 from gc_accel.contracts import streams_of
 from gc_accel.inputs.nested import Inputs, batch_size, call, named, select
-from gc_accel.state.modules import in_mode
+from gc_accel.state.repeat import is_inert
 
 MASK, POSITIONS = "attention_mask", "position_ids"
 ALONG = (  # what has one value per token
@@ -45,7 +46,6 @@ ALONG = (  # what has one value per token
     "global_attention_mask",
 )
 VECTORS = ("inputs_embeds", "bbox")  # what has a vector per token
-TOLERANCE = 1e-4  # relative difference of representations that rounding explains
 
 
 def trim_padding(chunk: Mapping[str, Any], *, shift: bool = False) -> dict[str, Any]:
@@ -110,7 +110,6 @@ def length_sorted_chunks(
         yield trim_padding(select(batch, samples), shift=shift)
 
 
-@torch.no_grad()
 def trimming_is_inert(encoder: nn.Module, batch: Mapping[str, Any], *, shift: bool = False) -> bool:
     """Whether the representations of the shortest texts of a batch stay as they are when their padding goes.
 
@@ -130,13 +129,7 @@ def trimming_is_inert(encoder: nn.Module, batch: Mapping[str, Any], *, shift: bo
             "expected a batch with padding that trimming would cut, got none: pass a longer one, or for padding on the "
             "left position_ids or shift=True"
         )
-    device = next(model.parameters()).device
-    with in_mode(model, training=False):
-        with_padding, without = (
-            _representations(model, send_to_device(chunk, device)) for chunk in (padded, trimmed)
-        )
-    pairs = [(with_padding[name], without[name]) for name in with_padding]
-    return all(bool((a - b).norm() <= TOLERANCE * a.norm()) for a, b in pairs)
+    return is_inert(model, partial(_representations, model), padded, trimmed)
 
 
 def _representations(model: nn.Module, chunk: Inputs) -> dict[Any, Tensor]:

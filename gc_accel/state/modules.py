@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from gc_accel.state.rng import RngState, device_in_use
+
 
 @contextmanager
 def meeting(meet: Callable[[nn.Module], None]) -> Iterator[None]:
@@ -27,7 +29,10 @@ class _Met(Exception):
 
 
 def first_called(fn: Callable[[], Any]) -> nn.Module | None:
-    """The first module with weights that a function calls, which is left there and then; None if it calls none."""
+    """The first module with weights that a function calls, which is left there and then; None if it calls none.
+
+    Random numbers that it draws on the way do not count.
+    """
     met = list[nn.Module]()
 
     def stop(module: nn.Module) -> None:
@@ -35,7 +40,7 @@ def first_called(fn: Callable[[], Any]) -> nn.Module | None:
             met.append(module)
             raise _Met
 
-    with torch.no_grad(), meeting(stop):
+    with torch.no_grad(), RngState.current(device_in_use()).replayed(), meeting(stop):
         try:
             fn()
         except _Met:

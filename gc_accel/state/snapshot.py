@@ -21,9 +21,10 @@ class Snapshot:
 
     def __init__(self, device: torch.device) -> None:
         self.rng = RngState.current(device)
-        self.buffers: dict[Tensor, Tensor] = {}
+        self.values: dict[Tensor, Tensor] = {}  # tensors that a step may write to, and their copies
+        self.buffers: dict[nn.Module, dict[str, Tensor]] = {}  # which a step may replace by others
         self.grads: dict[Tensor, tuple[Tensor | None, Tensor | None]] = {}  # the gradient itself, and a copy
-        self.modules = set[nn.Module]()
+        self.modules = set[nn.Module]()  # met since the beginning, or since everything was put back
 
     def note(self, module: nn.Module, *, buffers: bool = True) -> None:
         """Note the gradients of a module, and its buffers."""
@@ -31,8 +32,14 @@ class Snapshot:
             return
         self.modules.update(module.modules())
         self.note_gradients(module.parameters())
-        if buffers:
-            self.buffers |= {each: each.clone() for each in module.buffers() if each not in self.buffers}
+        for part in module.modules() if buffers else ():
+            if part not in self.buffers:
+                self.buffers[part] = dict(part.named_buffers(recurse=False))
+                self.note_values(self.buffers[part].values())
+
+    def note_values(self, tensors: Iterable[Tensor]) -> None:
+        """Note what some tensors hold."""
+        self.values |= {each: each.detach().clone() for each in tensors if each not in self.values}
 
     def note_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Note gradients alone."""
@@ -44,10 +51,16 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put everything back."""
+        """Put everything back; whoever goes on from here meets modules anew."""
         self.rng.restore()
-        for buffer, copy in self.buffers.items():
-            buffer.copy_(copy)
+        self.modules.clear()
+        for module, buffers in self.buffers.items():
+            for name, buffer in buffers.items():
+                if getattr(module, name) is not buffer:
+                    setattr(module, name, buffer)
+        for tensor, value in self.values.items():
+            if not torch.equal(tensor, value):  # an expanded buffer, for one, cannot be written to
+                tensor.copy_(value)
         for parameter, (grad, copy) in self.grads.items():
             parameter.grad = grad
             if grad is not None and copy is not None:

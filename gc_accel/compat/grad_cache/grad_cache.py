@@ -9,13 +9,13 @@ A schedule over `encode` (`gc_accel/engine/encoding.py`), cut into the methods t
         forward_backward                of each model; of each chunk: model_call, get_reps, in its random state
 
 The last chunk of the last model keeps the graph of its first pass and is pushed first, which costs no memory and
-saves a forward. Gradients are reduced over ranks once per model and step. What reaches over ranks is the loss: a
-`GlobalLoss` gets the factor of the scaling rule (`gc_accel/distributed/replicas.py`) here, any other brings it, as
-it always had to.
+saves a forward. Gradients are added up on each rank and reduced at the end, once per model. What reaches over ranks is
+the loss: a `GlobalLoss` gets the factor of the scaling rule (`gc_accel/distributed/replicas.py`) here, any other
+brings it, as it always had to.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from gc_accel.distributed import GlobalLoss, Replicas
 from gc_accel.engine.batch_norm import BatchNorms, Policy
 from gc_accel.engine.encoding import Encoded, encode
 from gc_accel.inputs.nested import Inputs, call, split
+from gc_accel.state.modules import meeting
 
 
 class GradCache:
@@ -75,7 +76,7 @@ class GradCache:
         self.scaler = scaler
         # Once, because they are slow to make: one per chunk took a fifth of a step of tiny models.
         self.replicas = {id(model): Replicas(model, None) for model in models}
-        self.batch_norms = [BatchNorms(self.replicas[id(model)].model, batch_norm) for model in models]
+        self.batch_norms = {key: BatchNorms(each.model, batch_norm) for key, each in self.replicas.items()}
         self._get_input_tensors_strict = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -89,8 +90,8 @@ class GradCache:
 
         Args:
             model_inputs: those of each model, in order.
-            no_sync_except_last: the models have to be in DistributedDataParallel. Such models are reduced once
-                per step, in their last chunk, whatever is said here.
+            no_sync_except_last: the models have to be in DistributedDataParallel. Such models are reduced once per
+                step, whatever is said here.
             loss_kwargs: for the loss. Outputs of other encoders among them get their gradient too.
 
         Returns:
@@ -101,31 +102,41 @@ class GradCache:
                 model that would not be reduced over ranks, a representation that the loss ignores.
         """
         checks.check_models(self.models, model_inputs, no_sync_except_last)
-        for norms in self.batch_norms:
+        for norms in self.batch_norms.values():
             norms.begin_step()
-        chunked = [self.split_inputs(x, size) for x, size in zip(model_inputs, self.chunk_sizes, strict=True)]
-        latest = chunked[-1][-1:] if self._retains(chunked[-1]) else []
-        chunked[-1] = chunked[-1][: len(chunked[-1]) - len(latest)]
+        with ExitStack() as stack:
+            for replicas in self.replicas.values():
+                stack.enter_context(replicas.adding_up())
+            loss = self._both_passes(model_inputs, loss_kwargs)
+        if torch.is_grad_enabled():
+            for replicas in self.replicas.values():  # once each: a tied model is listed twice
+                replicas.reduce()
+        return loss
+
+    def _both_passes(self, model_inputs: Sequence[Inputs], loss_kwargs: Mapping[str, Any]) -> Tensor:
+        """A step on this rank."""
+        chunked = [self.split_inputs(*each) for each in zip(model_inputs, self.chunk_sizes, strict=True)]
+        last = chunked[-1][-1:] if self._keeps_graph(chunked[-1]) else []
+        chunked[-1] = chunked[-1][: len(chunked[-1]) - len(last)]
         encoded = [self.forward_no_grad(*each) for each in zip(self.models, chunked, strict=True)]
-        reps, model = [rep for rep, _ in encoded], self.models[-1]
-        with self.replicas[id(model)].adding_up():
-            retained = [self._encode(model, chunk, retain=True) for chunk in latest]
+        retained = [self._encode(self.models[-1], chunk, retain=True) for chunk in last]
+        reps = [rep for rep, _ in encoded]
         reps[-1] = torch.cat([reps[-1], *(each.leaves[None].detach() for each in retained)])
         if not torch.is_grad_enabled():
             with self._autocast(reps[0].device):
                 return self.compute_loss(*reps, **loss_kwargs)
         gradients, loss = self.build_cache(*reps, **loss_kwargs)
         checks.check_cache(gradients, self.models)
-        for each in retained:  # first, so that no second graph is alive beside it
-            gradients = [*gradients[:-1], self._push_retained(each, gradients[-1])]
-        for index, (model, gradient) in enumerate(zip(self.models, gradients, strict=True)):
-            if gradient is None:
-                continue
-            pieces, states = gradient.split(self.chunk_sizes[index]), encoded[index][1]
-            is_last = not any(later is model for later in self.models[index + 1 :])  # tied: reduced once
-            adding_up = nullcontext() if is_last else self.replicas[id(model)].adding_up()
-            with adding_up, self.batch_norms[index].second_pass():
-                self.forward_backward(model, chunked[index], pieces, states, checks.is_wrapped(model))
+        pieces = [
+            [] if gradient is None else list(gradient.split(size))
+            for gradient, size in zip(gradients, self.chunk_sizes, strict=True)
+        ]
+        for each in retained if pieces[-1] else ():  # first, so that no second graph is alive beside it
+            self._push(self.models[-1], each, pieces[-1].pop())
+        for model, chunks, parts, (_, states) in zip(self.models, chunked, pieces, encoded, strict=True):
+            if parts:
+                with self.batch_norms[id(model)].second_pass():
+                    self.forward_backward(model, chunks, parts, states, checks.is_wrapped(model))
         return loss
 
     def split_inputs(self, model_input: Inputs, chunk_size: int) -> Sequence[Inputs]:
@@ -175,13 +186,11 @@ class GradCache:
         self, model: Model, model_inputs: Sequence[Inputs]
     ) -> tuple[Tensor, Sequence[AbstractContextManager[Any]]]:
         """First pass: the representation of all chunks `(B, ...)`, and the random states before each."""
-        weights = list(model.parameters()) if isinstance(model, nn.Module) else []
+        weights = self.replicas[id(model)].parameters
         reps, states = list[Tensor](), list[RandContext]()
         for chunk in model_inputs:
             states.append(RandContext(*self.get_input_tensors(chunk), *weights))
-            with self.replicas[id(model)].adding_up():
-                encoded = self._encode(model, chunk)
-            reps.append(encoded.leaves[None].detach())
+            reps.append(self._encode(model, chunk).leaves[None].detach())
         if not reps:
             raise ValueError("expected a batch of at least one sample, got no chunk")
         return torch.cat(reps), states
@@ -208,40 +217,35 @@ class GradCache:
     ) -> None:
         """Second pass: each chunk again, from its random states and with a graph, and its gradient into it.
 
+        Args:
+            no_sync_except_last: add gradients up on this rank but for the last chunk. Within a step all are.
+
         Raises:
             ValueError: for chunks and gradients that do not pair up.
         """
         checks.check_paired(model_inputs, cached_gradients, random_states)
-        replicas = self.replicas[id(model)]
-        for chunk, gradient, state in zip(model_inputs, cached_gradients, random_states, strict=True):
-            with replicas.adding_up():
+        chunks = list(zip(model_inputs, cached_gradients, random_states, strict=True))
+        for number, (chunk, gradient, state) in enumerate(chunks, 1):
+            adds_up = no_sync_except_last and number < len(chunks)
+            with self.replicas[id(model)].adding_up() if adds_up else nullcontext():
                 with state:
                     encoded = self._encode(model, chunk, retain=True)
-                rep = encoded.replay()[None]
-                checks.check_rows(rep, gradient)
-                if not rep.requires_grad:
+                if not self._push(model, encoded, gradient):
                     return  # nothing in this model trains, so no other chunk needs a second pass either
-                replicas.backward([rep], [gradient])
-        replicas.reduce()
 
-    def _retains(self, chunks: Sequence[Inputs]) -> bool:
-        """Whether the last chunk of the last model keeps its graph: not if others see to chunks or cut them."""
-        own = type(self).forward_no_grad, type(self).forward_backward
-        is_own = (
-            own == (GradCache.forward_no_grad, GradCache.forward_backward) and self.split_input_fn is None
-        )
-        return is_own and len(chunks) > 1 and torch.is_grad_enabled()
+    def _keeps_graph(self, chunks: Sequence[Inputs]) -> bool:
+        """Whether the last chunk of the last model keeps its graph: not if others encode chunks or cut them."""
+        passes = type(self).forward_no_grad, type(self).forward_backward
+        is_ours = passes == (GradCache.forward_no_grad, GradCache.forward_backward)
+        return is_ours and self.split_input_fn is None and len(chunks) > 1 and torch.is_grad_enabled()
 
-    def _push_retained(self, encoded: Encoded, gradient: Tensor | None) -> Tensor | None:
-        """Second pass of the last chunk of the last model; the gradient that is left for the other chunks."""
+    def _push(self, model: Model, encoded: Encoded, gradient: Tensor) -> bool:
+        """Second pass of a chunk: its gradient through its graph; whether it has one."""
         rep = encoded.replay()[None]
-        if gradient is None:
-            return None
+        checks.check_rows(rep, gradient)
         if rep.requires_grad:
-            replicas = self.replicas[id(self.models[-1])]
-            with replicas.adding_up():
-                replicas.backward([rep], [gradient[-len(rep) :]])
-        return gradient[: -len(rep)]
+            self.replicas[id(model)].backward([rep], [gradient])
+        return rep.requires_grad
 
     def _encode(self, model: Model, chunk: Inputs, retain: bool = False) -> Encoded:
         # Inside of `represent`, because the device of the inputs is the caller's business.
@@ -253,7 +257,9 @@ class GradCache:
                 )
             return rep
 
-        return encode(represent, {}, device=self._device(model, chunk), retain=retain)
+        is_module = isinstance(model, nn.Module)
+        with nullcontext() if is_module else meeting(self.batch_norms[id(model)].meet):
+            return encode(represent, {}, device=self._device(model, chunk), retain=retain)
 
     def _device(self, model: Model, chunk: Inputs) -> torch.device:
         if isinstance(model, nn.Module):
