@@ -85,8 +85,8 @@ class Replicas:
         return self._weighted(loss * self.world_size)
 
     def unscaled(self, grad: Tensor) -> Tensor:
-        """A gradient as ranks have reduced it, without the weight of its batch: that of the loss of the global batch."""
-        return grad / float(self._weighted(torch.ones((), device=self.device)))
+        """A gradient as ranks have reduced it without the weight of its batch: that of the loss of the global batch."""
+        return grad / self._weighted(torch.ones((), dtype=grad.dtype, device=grad.device))
 
     def _weighted(self, value: Tensor) -> Tensor:
         """One over the number of accumulated batches, times the scale of the gradient scaler."""
