@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gc_accel import GradientCache
 from tests.comparing import assert_equal, gradients
 from tests.ranks import run_on_ranks
-from tests.topologies import DDP_2, FSDP2, WORLD_SIZES, ZERO, Reductions, prepare
+from tests.topologies import FSDP2, WORLD_SIZES, ZERO, Reductions, prepare
 
 SIZE, CHUNK = 10, 2
 HOT = 8  # the only sample that goes to the expert: of the second rank, in its second chunk
@@ -103,9 +103,13 @@ def test_an_expert_of_one_rank_is_trained_on_all(find_unused, batches, tmp_path)
         assert_equal(found, {n: None if g is None else batches * g for n, g in exact.items()})
         assert_equal(after, {n: None if g is None else (batches + 1) * g for n, g in exact.items()})
         assert found["idle.layer.weight"] is None, "what nobody has used stays without a gradient"
-        assert numbers < size * 1.5 + batches * 500, "one reduction, and what the loss and the agreement exchange"
+        assert numbers < size * 1.5 + batches * 500, (
+            "one reduction, and what the loss and the agreement exchange"
+        )
         chunks = 3 - rank
-        assert len(calls) == (batches + 1) * (2 * chunks - min(rank, chunks)), "and nothing was encoded for it"
+        assert len(calls) == (batches + 1) * (2 * chunks - min(rank, chunks)), (
+            "and nothing was encoded for it"
+        )
 
 
 def sharded(rank: int, topology: str, batches: int) -> Any:
