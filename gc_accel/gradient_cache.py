@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import islice
 from typing import Any
+from weakref import ref
 
 import torch
 from accelerate import Accelerator
@@ -29,12 +30,12 @@ from transformers.utils import logging
 
 from gc_accel.accumulation import accumulate
 from gc_accel.contracts import AccumulatedLoss
-from gc_accel.differentiable import SecondPass, check_differentiable, times, within_ddp
+from gc_accel.differentiable import SecondPass, check_differentiable, refuse_within_ddp, times, within_ddp
 from gc_accel.distributed import Replicas
 from gc_accel.engine.batch_norm import BatchNorms, Policy
-from gc_accel.engine.encoding import Encoded, by_name
+from gc_accel.engine.encoding import Encoded
 from gc_accel.engine.joining import JoinedCalls
-from gc_accel.engine.loss_of_batch import LossOfBatch
+from gc_accel.engine.loss_of_batch import LossOfBatch, check_seen
 from gc_accel.inputs.nested import Inputs
 from gc_accel.memory.chunk_sizes import ChunkSize, ChunkSizes
 from gc_accel.memory.recovery import Reread, no_way_back, retry
@@ -86,7 +87,9 @@ class GradientCache:
         self.sizes = ChunkSizes(chunk_size, forward_chunk_size, memory_budget, self.replicas)
         parts = self.replicas, self.batch_norms, self.sizes, joined, self.retention
         self.passes = Passes(encoder, *parts, in_one_call=isinstance(loss_fn, AccumulatedLoss))
-        self.pending: SecondPass | None = None  # of the latest `cache(batch)`
+        self.pending: Callable[[], SecondPass | None] = lambda: (
+            None
+        )  # of the latest `cache(batch)`, if its loss is alive
 
     @property
     def chunk_sizes(self) -> dict[Any, int]:
@@ -106,6 +109,7 @@ class GradientCache:
         ValueError, before any gradient has changed, for inputs that do not pair up, BatchNorm in training mode,
         NaN, and a loss that ignores a representation.
         """
+        refuse_within_ddp()
         step = self.step
         if isinstance(self.loss_fn, AccumulatedLoss):  # needs less than a cache
             step = partial(accumulate, self.loss_fn, self.passes)
@@ -143,10 +147,7 @@ class GradientCache:
         with self.replicas.agreement.before_each_collective():
             loss = self.loss.of(calls, self.passes.streams, loss_kwargs, self.passes.snapshot)
             self.replicas.scaled(loss).backward()
-        leaves = {name: leaves[0] for name, leaves in by_name(calls).items()}
-        unseen = [name for name, leaf in leaves.items() if leaf.requires_grad and leaf.grad is None]
-        if ignored := [name for name in unseen if name not in self.passes.streams.global_names]:
-            raise ValueError(f"expected a loss of every representation, got one that ignores {ignored}")
+        check_seen(calls, self.passes.streams)
         return loss.detach()
 
     def end_step(self, calls: list[Encoded]) -> None:
@@ -156,19 +157,25 @@ class GradientCache:
 
     def differentiable(self, chunks: Iterable[Inputs], loss_kwargs: Mapping[str, Any]) -> Tensor:
         """The first pass and the loss; the second pass is the backward pass of what is returned."""
-        check_differentiable(self.loss_fn, self.replicas, self.pending)
+        check_differentiable(self.loss_fn, self.replicas, self.pending(), chunks)
         calls = [encoded for call in self.passes.calls(chunks) for encoded in self.passes.encode(call)]
-        self.pending = SecondPass(self.passes, calls, partial(self.end_step, calls))
+        second_pass = SecondPass(self.passes, calls, self.end_step)
         loss_kwargs = self.passes.with_extras(chunks, loss_kwargs)
-        loss = self.loss.of(self.pending.calls(), self.passes.streams, loss_kwargs, self.passes.snapshot)
-        return times(loss, self.replicas.world_size)
+        with self.replicas.agreement.before_each_collective():
+            loss = self.loss.of(second_pass.calls(), self.passes.streams, loss_kwargs, self.passes.snapshot)
+        loss = times(loss, self.replicas.world_size)
+        loss.register_hook(second_pass.check)
+        self.pending = ref(second_pass)
+        return loss
 
     def evaluate(self, chunks: Iterable[Inputs], loss_kwargs: Mapping[str, Any]) -> Tensor:
         """The loss alone."""
         schedule = self.passes.calls(chunks, keep_graphs=False)
         calls = [encoded for call in schedule for encoded in self.passes.encode(call)]
         loss_kwargs = self.passes.with_extras(chunks, loss_kwargs)
-        return self.loss.of(calls, self.passes.streams, loss_kwargs, self.passes.snapshot).detach()
+        with self.replicas.agreement.before_each_collective():
+            snapshot = self.passes.snapshot
+            return self.loss.of(calls, self.passes.streams, loss_kwargs, snapshot, graph=False)
 
     def _with_retries(
         self,

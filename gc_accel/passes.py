@@ -10,6 +10,7 @@ Both passes add gradients up on this rank; `Replicas.reduce` follows once per st
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -82,6 +83,12 @@ class Passes:
             snapshot.note(self.replicas.model)
         self.batch_norms.begin_step()
 
+    def of_this_step(self) -> "Passes":
+        """These, whichever step begins before they are done."""
+        passes = copy(self)
+        passes.batch_norms = copy(self.batch_norms)
+        return passes
+
     def calls(self, batches: Iterable[Inputs], *, keep_graphs: bool = True) -> Iterator[Call]:
         """The calls of the first pass, in their order, as batches are read.
 
@@ -137,12 +144,15 @@ class Passes:
         """Second pass of a chunk: the gradient that it leaves for each weight.
 
         Raises:
-            ValueError: a function has weights that are not among these.
+            ValueError: there are weights that are not among these.
         """
         outputs, grads = self._again(encoded)
-        if self.is_function and not set(_leaves(outputs)) <= set(weights):
+        others = set(_leaves(outputs)) - set(weights)
+        # A module may mark what it has computed as a leaf, as some do where they checkpoint.
+        if others := {each for each in others if self.is_function or isinstance(each, nn.Parameter)}:
             raise ValueError(
-                "expected a function whose weights belong to modules, got others: have a module hold them"
+                "expected an encoder whose weights belong to modules that it has called in cache(batch), got others, of "
+                f"shapes {[tuple(each.shape) for each in others]}: have such a module hold them"
             )
         return (
             torch.autograd.grad(outputs, weights, grads, allow_unused=True)
@@ -152,8 +162,13 @@ class Passes:
 
     def weights(self) -> list[Tensor]:
         """Those of the encoder that train; of a function those of the modules that it has called in this step."""
-        weights = self.snapshot.grads if self.is_function else self.replicas.parameters
+        weights = self.snapshot.grads if self.is_function else self.replicas.model.parameters()
         return [each for each in weights if each.requires_grad]
+
+    @property
+    def modules(self) -> Iterable[nn.Module]:
+        """Those of the encoder; of a function those that it has called in this step."""
+        return self.snapshot.modules if self.is_function else self.replicas.model.modules()
 
     def with_extras(self, batches: Iterable[Inputs], loss_kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Keyword arguments of the loss, with the inputs that feed no stream."""

@@ -31,9 +31,11 @@ class Reduction:
 
     Attributes:
         steps: whether the optimizer steps along.
+        keeps_weights: whether those that a forward pass computes with are not the module's own.
     """
 
     steps = False
+    keeps_weights = False
 
     def adding_up(self) -> AbstractContextManager[Any]:
         """A block whose forward and backward passes add gradients up on this rank alone."""
@@ -92,6 +94,8 @@ class OfDDP(Reduction):
 
 class OfFSDP(Reduction):
     """The root that `fully_shard` made of an encoder."""
+
+    keeps_weights = True
 
     def __init__(self, root: FSDPModule) -> None:
         self.root = root

@@ -30,9 +30,15 @@ class LossOfBatch:
         self.loss_fn, self.replicas = loss_fn, replicas
 
     def of(
-        self, calls: Sequence[Encoded], streams: Streams, loss_kwargs: Mapping[str, Any], snapshot: Snapshot
+        self,
+        calls: Sequence[Encoded],
+        streams: Streams,
+        loss_kwargs: Mapping[str, Any],
+        snapshot: Snapshot,
+        *,
+        graph: bool = True,
     ) -> Tensor:
-        """The loss of the global batch, 0-d, with a graph that ends in the leaves.
+        """The loss of the global batch, 0-d, with a graph that ends in the leaves, if one is wanted.
 
         Raises:
             ValueError: for a loss that is no number, NaN, or not of the representations.
@@ -42,10 +48,10 @@ class LossOfBatch:
         # The modules behind a function are met when it calls them.
         met = nullcontext() if isinstance(self.loss_fn, nn.Module) else meeting(snapshot.note)
         self.replicas.agreement.check()
-        with met, torch.enable_grad(), torch.autocast(self.replicas.device.type, enabled=False):
+        with met, torch.set_grad_enabled(graph), torch.autocast(self.replicas.device.type, enabled=False):
             reps = {name: torch.cat(parts) for name, parts in leaves.items()}
             loss = global_loss(self.loss_fn, self.replicas, reps, shared, loss_kwargs)
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.requires_grad != graph:
             raise ValueError(f"expected a scalar loss of the representations, got {loss}")
         check_finite(loss, reps)
         snapshot.note_gradients(leaves_and_nodes(loss)[0])
@@ -63,6 +69,14 @@ class LossOfBatch:
         if isinstance(self.loss_fn, StatefulLoss):
             parts = {n: leaves for n, leaves in by_name(calls).items() if n not in streams.global_names}
             self.loss_fn.update({name: torch.cat(leaves) for name, leaves in parts.items()})
+
+
+def check_seen(calls: Sequence[Encoded], streams: Streams) -> None:
+    """Raise ValueError for a loss that has left a representation without a gradient."""
+    leaves = {name: leaves[0] for name, leaves in by_name(calls).items()}
+    unseen = [name for name, leaf in leaves.items() if leaf.requires_grad and leaf.grad is None]
+    if ignored := [name for name in unseen if name not in streams.global_names]:
+        raise ValueError(f"expected a loss of every representation, got one that ignores {ignored}")
 
 
 def global_loss(
