@@ -329,11 +329,8 @@ def test_adds_up_with_any_other_loss(cached_first, retain):
     model = Tower()
     expected = expected_of(batch_loss(model(x)) + model(y).square().mean(), model)
     cache = GradientCache(model, batch_loss, CHUNK, retain=retain)
-    if cached_first:
-        loss = cache(x) + model(y).square().mean()
-    else:
-        loss = model(y).square().mean() + cache(x)
-    loss.backward()
+    terms = [lambda: cache(x), lambda: model(y).square().mean()]
+    sum(term() for term in (terms if cached_first else terms[::-1])).backward()
     assert_equal(taken(model), expected)
 
 

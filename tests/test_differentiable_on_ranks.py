@@ -13,7 +13,7 @@ from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from gc_accel import GradientCache
-from gc_accel.losses import CLIPLoss, SigLIPLoss, dense
+from gc_accel.losses import SigLIPLoss, dense
 from tests.comparing import assert_equal, gradients
 from tests.models import dual_encoder, image_text_batch
 from tests.ranks import run_on_ranks
@@ -184,13 +184,8 @@ def with_another_loss(unused, order):
     wrapped = ddp(model, unused)
     cache = GradientCache(wrapped, pairwise, 2)
     x, y = own(rows(seed=6)), own(rows(seed=7), SHARES["even"])
-    if order == "cache first":
-        loss = cache(x)
-        loss = loss + wrapped(y).square().mean()
-    else:
-        other = wrapped(y).square().mean()
-        loss = other + cache(x)
-    loss.backward()
+    terms = [lambda: cache(x), lambda: wrapped(y).square().mean()]
+    sum(term() for term in (terms if order == "cache first" else terms[::-1])).backward()
     return gradients(model)
 
 
@@ -200,14 +195,9 @@ def with_another_loss_of_some_weights(order):
     wrapped = ddp(model, unused=True)
     cache = GradientCache(wrapped, pairwise, 2)
     y = own(rows(seed=7), SHARES["even"]).clamp(max=4)
+    terms = [lambda: cache(own(far_out())), lambda: wrapped(y).square().mean()]
     try:
-        if order == "cache first":
-            loss = cache(own(far_out()))
-            loss = loss + wrapped(y).square().mean()
-        else:
-            other = wrapped(y).square().mean()
-            loss = other + cache(own(far_out()))
-        loss.backward()
+        sum(term() for term in (terms if order == "cache first" else terms[::-1])).backward()
     except (RuntimeError, ValueError) as error:
         return str(error)
     return gradients(model)
@@ -471,13 +461,9 @@ def sharded_gradients(encoder, case):
                 with accelerator.accumulate(encoder):
                     accelerator.backward(cache(batch))
         elif case.kind.startswith("other"):
-            if case.kind == "other first":
-                loss = other_of(encoder, batches[1])
-                loss = loss + cache(batches[0])
-            else:
-                loss = cache(batches[0])
-                loss = loss + other_of(encoder, batches[1])
-            accelerator.backward(loss)
+            terms = [lambda: other_of(encoder, batches[1]), lambda: cache(batches[0])]
+            terms = terms if case.kind == "other first" else terms[::-1]
+            accelerator.backward(sum(term() for term in terms))
         else:
             first, second = cache(batches[0]), cache(batches[1])
             for loss in [first + second] if case.kind == "together" else [first, second]:
