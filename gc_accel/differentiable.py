@@ -3,10 +3,10 @@
     loss = cache(batch)    first pass  ->  representations  ->  loss
     loss.backward()        their gradient  ->  second pass  ->  the gradient of the weights
 
-To autograd the representations are one function of the weights. So the gradient of each weight arrives once per backward
-pass, and whoever listens to weights (DDP around the encoder, or around a trainer's module that holds it) reduces it like
-that of any other step. FSDP2 keeps the weights of a forward pass to itself: there the second pass leaves its gradients
-with the backend, and is reduced as in `GradientCache.step`.
+To autograd the representations are one function of the weights. So the gradient of each weight arrives once per
+backward pass, and whoever listens to weights (DDP around the encoder, or around a trainer's module that holds it, and
+hooks) sees it like that of any other step. FSDP2 keeps the weights of a forward pass to itself: there the second pass
+leaves its gradients with the backend, and is reduced as in `GradientCache.step`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -140,7 +140,7 @@ def within_ddp(replicas: Replicas) -> Iterator[None]:
 
 
 def refuse_within_ddp() -> None:
-    """Raise ValueError in the forward pass of DDP, whose reduction follows in the backward pass of what that returns."""
+    """Raise ValueError in the forward pass of DDP, which reduces in the backward pass of what that returns."""
     if DistributedDataParallel._active_ddp_module is not None:
         raise ValueError(
             "expected no forward pass of DistributedDataParallel around forward_backward, got one: it would reduce "
@@ -164,19 +164,19 @@ def check_differentiable(
         )
     if replicas.reduction.steps:
         raise ValueError(
-            "expected an encoder that DeepSpeed has not prepared in cache(batch), as its engine calls backward by itself: "
-            "call loss = cache.forward_backward(batch) instead of cache(batch) and backward"
+            "expected an encoder that DeepSpeed has not prepared in cache(batch), as its engine calls backward by "
+            "itself: call loss = cache.forward_backward(batch) instead of cache(batch) and backward"
         )
     if isinstance(replicas.reduction, OfDDP) and pending is not None and not pending.is_done:
         raise ValueError(
-            "expected loss.backward() before the next cache(batch) under DistributedDataParallel, got a second loss: one "
-            "of them alone would be reduced. Take them one by one (or drop the first, del loss), or both in one batch"
+            "expected loss.backward() before the next cache(batch) under DistributedDataParallel, got a second loss: "
+            "one of them alone would be reduced. Take them one by one (del loss drops one), or both in one batch"
         )
     tensors = [value for batch in batches for _, value in leaves(batch)]
     if any(each.requires_grad for each in tensors if isinstance(each, Tensor)):
         raise ValueError(
-            "expected inputs without a graph in cache(batch), got some that require a gradient: let the encoder compute "
-            "them, or detach them"
+            "expected inputs without a graph in cache(batch), got some that require a gradient: let the encoder "
+            "compute them, or detach them"
         )
 
 

@@ -87,9 +87,8 @@ class GradientCache:
         self.sizes = ChunkSizes(chunk_size, forward_chunk_size, memory_budget, self.replicas)
         parts = self.replicas, self.batch_norms, self.sizes, joined, self.retention
         self.passes = Passes(encoder, *parts, in_one_call=isinstance(loss_fn, AccumulatedLoss))
-        self.pending: Callable[[], SecondPass | None] = lambda: (
-            None
-        )  # of the latest `cache(batch)`, if its loss is alive
+        # Of the latest `cache(batch)`, while its loss is there.
+        self.pending: Callable[[], SecondPass | None] = lambda: None
 
     @property
     def chunk_sizes(self) -> dict[Any, int]:
@@ -118,8 +117,9 @@ class GradientCache:
     def __call__(self, batch: Inputs, **loss_kwargs: Any) -> Tensor:
         """The loss of the global batch, 0-d, whose `backward()` makes the second pass and reduces over ranks.
 
-        It is a loss like any other: what multiplies it (a gradient scaler, one over the accumulated batches, a weight)
-        goes into the gradient, so any trainer that calls `backward` can hold it. Without grad mode it is the loss alone.
+        It is a loss like any other: what multiplies it (a gradient scaler, one over the accumulated batches, a
+        weight) goes into the gradient, so any trainer that calls `backward` can hold it. Without grad mode it is the
+        loss alone.
         `forward_backward` takes less memory, and is made again where memory runs out in its second pass.
 
         Raises:
@@ -184,6 +184,7 @@ class GradientCache:
         loss_kwargs: Mapping[str, Any],
     ) -> Tensor:
         """Make a step, again with half the chunk where memory runs out."""
+        self.replicas.follow()
         snapshot, reread = Snapshot(self.replicas.device), Reread(chunks)
         for first in islice(reread, not self.chunk_sizes):  # "auto" measures with the first chunk
             self.sizes.settle(first)

@@ -32,7 +32,7 @@ from gc_accel.memory.chunk_sizes import ChunkSizes
 from gc_accel.memory.retention import Retention
 from gc_accel.state.graph import leaves_and_nodes
 from gc_accel.state.modules import first_called, meeting
-from gc_accel.state.rng import CPU
+from gc_accel.state.rng import CPU, device_in_use
 from gc_accel.state.snapshot import Snapshot
 
 
@@ -60,7 +60,7 @@ class Passes:
         self.chunk_sizes, self.joined, self.retention = chunk_sizes, joined, retention
         self.in_one_call, self.streams = in_one_call, streams_of(replicas.model)
         self.is_function = not isinstance(replicas.model, nn.Module)
-        self.knows_device = not self.is_function or replicas.device == CPU or replicas.accelerator is not None
+        self.knows_device = not self.is_function or replicas.accelerator is not None
 
     @property
     def sizes(self) -> dict[Any, int]:
@@ -151,8 +151,8 @@ class Passes:
         # A module may mark what it has computed as a leaf, as some do where they checkpoint.
         if others := {each for each in others if self.is_function or isinstance(each, nn.Parameter)}:
             raise ValueError(
-                "expected an encoder whose weights belong to modules that it has called in cache(batch), got others, of "
-                f"shapes {[tuple(each.shape) for each in others]}: have such a module hold them"
+                "expected an encoder whose weights belong to modules that it has called in cache(batch), got others, "
+                f"of shapes {[tuple(each.shape) for each in others]}: have such a module hold them"
             )
         return (
             torch.autograd.grad(outputs, weights, grads, allow_unused=True)
@@ -162,7 +162,7 @@ class Passes:
 
     def weights(self) -> list[Tensor]:
         """Those of the encoder that train; of a function those of the modules that it has called in this step."""
-        weights = self.snapshot.grads if self.is_function else self.replicas.model.parameters()
+        weights = self.snapshot.grads if self.is_function else self.replicas.parameters
         return [each for each in weights if each.requires_grad]
 
     @property
@@ -197,10 +197,10 @@ class Passes:
     @contextmanager
     def calling(self, first: Call) -> Iterator[None]:
         """A block that adds gradients up, and in which the modules behind a function are met before they compute."""
-        if not self.knows_device:
+        if not self.knows_device and device_in_use() != CPU:
             inputs = self.streams.arguments(first.stream, first.inputs)
-            if module := first_called(partial(call, self.encoder, inputs)):
-                self.replicas.device = next(module.parameters()).device
+            module = first_called(partial(call, self.encoder, inputs))
+            self.replicas.device = next(module.parameters()).device if module else device_in_use()
             self.knows_device = True
         with self.replicas.adding_up(), meeting(self._meet) if self.is_function else nullcontext():
             yield

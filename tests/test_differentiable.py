@@ -434,6 +434,17 @@ def test_weights_that_came_after_the_cache_train():
     assert_equal(taken(model), expected)
 
 
+def test_goes_where_a_trainer_has_moved_the_weights():
+    with torch.device("meta"):
+        model = nn.Linear(6, 5, dtype=torch.float64)
+    cache = GradientCache(model, batch_loss, CHUNK)
+    nn.init.eye_(model.to_empty(device="cpu").weight)
+    nn.init.zeros_(model.bias)
+    expected = expected_of(batch_loss(model(x)), model)
+    cache(x).backward()
+    assert_equal(taken(model), expected)
+
+
 class Failing(nn.Module):
     """A tower that runs out of memory once, in the calls that make a graph or in the others."""
 

@@ -67,6 +67,13 @@ class Replicas:
         self.reduction = _reduction_of(encoder, accelerator)
         self.is_reducing = False  # or has reduced: there is no way back
 
+    def follow(self) -> None:
+        """Go where the weights are now: a trainer may have moved or replaced them since."""
+        if isinstance(self.model, nn.Module):
+            self.parameters = list(self.model.parameters())
+        if self.accelerator is None and self.parameters:
+            self.device = self.parameters[0].device
+
     def lowest(self, numbers: Sequence[float]) -> list[float]:
         """Of each number the lowest that a rank hands in."""
         return lowest(numbers, self.device, self.group) if self.world_size > 1 else list(numbers)
