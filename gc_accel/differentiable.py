@@ -14,7 +14,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed._composable_state import _module_state_mapping
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.nn.parallel import DistributedDataParallel
 
 from gc_accel.contracts import AccumulatedLoss
@@ -130,7 +132,11 @@ def within_ddp(replicas: Replicas) -> Iterator[None]:
     """A block in which the ranks are those of the DDP in whose forward pass it runs, if it does.
 
     Some trainers wrap a module of their own, whose training step calls the cache.
+
+    Raises:
+        ValueError: see `refuse_within_fsdp`.
     """
+    refuse_within_fsdp(replicas.model)
     outer = DistributedDataParallel._active_ddp_module
     if outer is None or outer is replicas.encoder:
         yield
@@ -139,8 +145,20 @@ def within_ddp(replicas: Replicas) -> Iterator[None]:
         yield
 
 
-def refuse_within_ddp() -> None:
-    """Raise ValueError in the forward pass of DDP, which reduces in the backward pass of what that returns."""
+def refuse_within_fsdp(model: Any) -> None:
+    """Raise ValueError in the forward pass of an FSDP2 around a model, where ranks have to make the same calls."""
+    inside = set(model.modules()) if isinstance(model, nn.Module) else set()
+    around = [state() for module, state in _module_state_mapping.items() if module not in inside]
+    if any(getattr(each, "_training_state", None) is TrainingState.FORWARD for each in around):
+        raise ValueError(
+            "expected no forward pass of FSDP2 around a gradient cache, got one: pass the module that it shards, and "
+            "the accelerator that prepared it, to GradientCache, and call that outside of any forward pass"
+        )
+
+
+def refuse_forward_pass(model: Any) -> None:
+    """Raise ValueError in the forward pass of FSDP2, or of DDP, which reduces in the backward pass that follows it."""
+    refuse_within_fsdp(model)
     if DistributedDataParallel._active_ddp_module is not None:
         raise ValueError(
             "expected no forward pass of DistributedDataParallel around forward_backward, got one: it would reduce "

@@ -30,7 +30,7 @@ from transformers.utils import logging
 
 from gc_accel.accumulation import accumulate
 from gc_accel.contracts import AccumulatedLoss
-from gc_accel.differentiable import SecondPass, check_differentiable, refuse_within_ddp, times, within_ddp
+from gc_accel.differentiable import SecondPass, check_differentiable, refuse_forward_pass, times, within_ddp
 from gc_accel.distributed import Replicas
 from gc_accel.engine.batch_norm import BatchNorms, Policy
 from gc_accel.engine.encoding import Encoded
@@ -108,7 +108,7 @@ class GradientCache:
         ValueError, before any gradient has changed, for inputs that do not pair up, BatchNorm in training mode,
         NaN, and a loss that ignores a representation.
         """
-        refuse_within_ddp()
+        refuse_forward_pass(self.model)
         step = self.step
         if isinstance(self.loss_fn, AccumulatedLoss):  # needs less than a cache
             step = partial(accumulate, self.loss_fn, self.passes)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.amp import GradScaler
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from gc_accel import GradientCache
@@ -506,6 +507,31 @@ def test_fsdp2_equals_one_process(fsdp, index):
     for rank in fsdp:
         assert not isinstance(rank[index], str), rank[index]
         assert_equal(rank[index], gradients(encoder))
+
+
+def sharded_trainers(rank):
+    """What is said, or the gradient, where FSDP2 shards a trainer's module, and perhaps a layer of the encoder."""
+    found = []
+    for inner in (False, True):
+        training = Training(nn.Sequential(linear(), nn.Linear(4, 3).double()), pairwise)
+        if inner:
+            fully_shard(training.encoder[0])
+        fully_shard(training)
+        try:
+            training(own(rows())).backward()
+            found.append(
+                {n: None if p.grad is None else p.grad.full_tensor() for n, p in training.named_parameters()}
+            )
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+@pytest.mark.slow
+def test_a_trainer_that_fsdp2_shards_is_refused(tmp_path):
+    for messages in run_on_ranks(sharded_trainers, 2, tmp_path):
+        for message in messages:
+            assert "FSDP" in message
 
 
 def deepspeed_refusal(rank):
