@@ -235,6 +235,13 @@ def in_a_forward_pass_of_ddp():
     return str(caught.value)
 
 
+def behind_a_function():
+    wrapped = ddp(linear())
+    with pytest.raises(ValueError, match="DistributedDataParallel as the encoder") as caught:
+        GradientCache(lambda x: wrapped(x), pairwise, 2)(own(rows()))
+    return str(caught.value)
+
+
 def without_a_graph(where):
     encoder = dual_encoder("siglip")
     call = Training(encoder, SigLIPLoss()) if where == "trainer" else encoder
@@ -311,6 +318,7 @@ def all_cells(rank):
     found["second loss"] = a_second_loss()
     found["two in one"] = two_losses_in_one_trainer()
     found["refused"] = in_a_forward_pass_of_ddp()
+    found["behind a function"] = behind_a_function()
     for where in ("encoder", "trainer"):
         found["no graph", where] = without_a_graph(where)
         for place in ("first pass", "loss"):
@@ -402,6 +410,11 @@ def test_two_losses_in_one_forward_pass_of_a_trainer(two_ranks):
 def test_forward_backward_in_a_forward_pass_of_ddp_is_refused(two_ranks):
     for rank in two_ranks:
         assert "it would reduce nothing" in rank["refused"]
+
+
+def test_ddp_behind_a_function_is_refused(two_ranks):
+    for rank in two_ranks:
+        assert "got a function around it" in rank["behind a function"]
 
 
 @pytest.mark.parametrize("where", ["encoder", "trainer"])
