@@ -55,7 +55,7 @@ class Replicas:
         self.accelerator: Any = accelerator
         self.parameters = list(self.model.parameters()) if isinstance(self.model, nn.Module) else []
         is_ddp = isinstance(encoder, DistributedDataParallel)
-        self.group = encoder.process_group if is_ddp else None
+        self.group: Any = encoder.process_group if isinstance(encoder, DistributedDataParallel) else None
         if accelerator is not None:
             self.world_size, self.device = accelerator.num_processes, accelerator.device
         else:
@@ -66,6 +66,13 @@ class Replicas:
         self.agreement = Agreement(self.device, self.group, self.world_size)
         self.reduction = _reduction_of(encoder, accelerator)
         self.is_reducing = False  # or has reduced: there is no way back
+
+    def follow(self) -> None:
+        """Go where the weights are now: a trainer may have moved or replaced them since."""
+        if isinstance(self.model, nn.Module):
+            self.parameters = list(self.model.parameters())
+        if self.accelerator is None and self.parameters:
+            self.device = self.parameters[0].device
 
     def lowest(self, numbers: Sequence[float]) -> list[float]:
         """Of each number the lowest that a rank hands in."""

@@ -32,8 +32,8 @@ class CachedContrastiveArguments(TrainingArguments):
     )
     memory_budget: float | None = option(
         None,
-        "What activations may take where 'auto' decides: bytes, beside weights, gradients, optimizer and inputs; or, up "
-        "to 1, the fraction of a GPU to fill. Needed on the CPU with retain='auto'.",
+        "What activations may take where 'auto' decides: bytes, beside weights, gradients, optimizer and inputs; or, "
+        "up to 1, the fraction of a GPU to fill. Needed on the CPU with retain='auto'.",
     )
     forward_chunk_size: int | None = option(
         None,
