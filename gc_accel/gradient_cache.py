@@ -61,6 +61,8 @@ class GradientCache:
         forward_chunk_size: samples of a call of the first pass, where it draws no random numbers; by default
             a chunk, and four of them on an accelerator (one with gradient checkpointing).
         batch_norm: what to do about BatchNorm in training mode: "error", "frozen" or "ghost".
+        reduce_every: after how many chunks of the second pass FSDP2 reduces, which holds the gradients of whole
+            weights until then; None: once, at the end.
     """
 
     def __init__(
@@ -74,9 +76,10 @@ class GradientCache:
         *,
         memory_budget: float | None = None,
         forward_chunk_size: int | None = None,
+        reduce_every: int | None = None,
     ) -> None:
         self.encoder, self.loss_fn = encoder, loss_fn
-        self.replicas = Replicas(encoder, accelerator)
+        self.replicas = Replicas(encoder, accelerator, reduce_every)
         self.model = self.replicas.model
         self.loss = LossOfBatch(loss_fn, self.replicas)
         self.batch_norms = BatchNorms(self.model, batch_norm)
@@ -136,8 +139,9 @@ class GradientCache:
         # 2. The loss of the whole batch leaves its gradient in the leaves.
         loss = self.cache_gradients(calls, chunks, loss_kwargs)
         # 3. Second pass: every chunk again, and its cached gradient into the weights; graphs that were kept go first.
-        for call in sorted(calls, key=lambda call: not call.keeps_graph):
+        for number, call in enumerate(sorted(calls, key=lambda call: not call.keeps_graph), start=1):
             self.passes.push(call)
+            self.replicas.pushed(number)
         self.replicas.reduce()  # nothing on one process
         self.end_step(calls)
         return loss

@@ -40,6 +40,11 @@ class CachedContrastiveArguments(TrainingArguments):
         "Samples of a call of the first pass, where it draws no random numbers; by default a chunk, and four of them "
         "on an accelerator (one with gradient checkpointing).",
     )
+    reduce_every: int | None = option(
+        None,
+        "Chunks of the second pass after which FSDP2 reduces gradients, which are those of whole weights until then; "
+        "by default once, at the end. Sets memory and speed, never the result.",
+    )
     batch_norm: str = option(
         "error",
         "What to do about BatchNorm in training mode: 'error', 'frozen' (running statistics) or 'ghost' (each chunk "
