@@ -156,3 +156,99 @@ def test_sharded_ranks_agree_on_what_has_a_gradient(topology, batches, reduce_ev
 def test_reduce_every_counts_chunks(reduce_every):
     with pytest.raises(ValueError, match="expected reduce_every of at least 1"):
         GradientCache(mixture(), loss, CHUNK, reduce_every=reduce_every)
+
+
+def group_of_one(rank: int) -> Any:
+    model = mixture().double()
+    cache = GradientCache(
+        DistributedDataParallel(model, find_unused_parameters=True), loss, CHUNK, retain="all"
+    )
+    values = [cache.forward_backward(batch().double()) for _ in range(2)]
+    return values, gradients(model), model.calls, dist.get_world_size()
+
+
+def test_one_process_in_a_group_keeps_all_graphs(tmp_path):
+    (values, found, calls, world_size) = run_on_ranks(group_of_one, 1, tmp_path)[0]
+    assert world_size == 1
+    exact = expected(torch.float64)
+    torch.testing.assert_close(values, [loss(mixture().double()(batch().double()))] * 2)
+    assert_equal(found, {name: None if grad is None else 2 * grad for name, grad in exact.items()})
+    assert sum(calls) == 2 * SIZE, "one forward of each sample"
+
+
+class Towers(nn.Module):
+    """Two parts of a module, each in DDP."""
+
+    def __init__(self, *towers: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = towers
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.normalize(self.second(self.first(x)), dim=1)
+
+
+class Holder(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def blocks() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(3)
+    return Block().double(), Block().double()
+
+
+def ddp(module: nn.Module) -> DistributedDataParallel:
+    return DistributedDataParallel(module, find_unused_parameters=True)
+
+
+WRAPS = {
+    "compiled around DDP": lambda: torch.compile(ddp(Towers(*blocks())), backend="eager"),
+    "DDP around compiled": lambda: ddp(torch.compile(Towers(*blocks()), backend="eager")),
+    "a module that holds DDP": lambda: Holder(ddp(Towers(*blocks()))),
+    "two towers in DDP": lambda: Towers(*map(ddp, blocks())),
+}
+
+
+def wrapped(rank: int) -> Any:
+    found = {}
+    for name, wrap in WRAPS.items():
+        encoder, own = wrap(), own_rows(batch().double())
+        cache = GradientCache(encoder, loss, CHUNK)
+        value = cache.forward_backward(own)
+        grads = [parameter.grad.clone() for parameter in encoder.parameters()]
+        encoder.zero_grad()
+        cache(own).backward()
+        found[name] = value, grads, [parameter.grad.clone() for parameter in encoder.parameters()]
+    outside = Holder(ddp(Towers(*blocks())))
+    outside.scale = nn.Parameter(torch.ones(1))
+    refused = {}
+    for name, encoder in {
+        "a weight outside": outside,
+        "DataParallel": nn.DataParallel(Block()),
+        "a function": lambda x: Holder(ddp(Block().double()))(x),
+    }.items():
+        with pytest.raises(ValueError, match="expected") as caught:
+            GradientCache(encoder, loss, CHUNK).forward_backward(own)
+        refused[name] = str(caught.value)
+    return found, refused
+
+
+def test_every_way_of_wrapping_is_found_or_refused(tmp_path):
+    model = Towers(*blocks())
+    value = loss(model(batch().double()))
+    value.backward()
+    exact = [parameter.grad for parameter in model.parameters()]
+    assert min(float(grad.norm()) for grad in exact) > 1e-3
+    for found, refused in run_on_ranks(wrapped, 2, tmp_path):
+        for got, *gradients_of in found.values():
+            torch.testing.assert_close(got, value.detach())
+            for grads in gradients_of:
+                torch.testing.assert_close(grads, exact, rtol=1e-9, atol=1e-12)
+        assert found.keys() == WRAPS.keys()
+        assert "['scale'] outside of it" in refused["a weight outside"]
+        assert "got DataParallel" in refused["DataParallel"]
+        assert "a function around it" in refused["a function"]

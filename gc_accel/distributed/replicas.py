@@ -25,11 +25,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, extract_model_from_parallel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 
 from gc_accel.distributed.agreement import Agreement, PeerOutOfMemory
 from gc_accel.distributed.collectives import lowest, world_size
 from gc_accel.distributed.reduction import OfDDP, OfDeepSpeed, OfFSDP, Reduction
+from gc_accel.distributed.wrapping import check_wrapping, ddp_modules
 from gc_accel.state.rng import device_in_use
 
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -58,15 +58,15 @@ class Replicas:
         self.model: Any = encoder  # without what wraps it
         if isinstance(encoder, nn.Module):
             self.model = extract_model_from_parallel(encoder, keep_torch_compile=False)
-        _check(encoder, self.model, accelerator)
+        check_wrapping(encoder, self.model, accelerator)
         self.accelerator: Any = accelerator
         self.parameters = list(self.model.parameters()) if isinstance(self.model, nn.Module) else []
-        is_ddp = isinstance(encoder, DistributedDataParallel)
-        self.group: Any = encoder.process_group if isinstance(encoder, DistributedDataParallel) else None
+        wrapped = ddp_modules(encoder)
+        self.group: Any = wrapped[0].process_group if wrapped else None
         if accelerator is not None:
             self.world_size, self.device = accelerator.num_processes, accelerator.device
         else:
-            self.world_size = world_size(self.group) if is_ddp else 1
+            self.world_size = world_size(self.group) if wrapped else 1
             self.device = next((each.device for each in self.parameters), device_in_use())
         sharding = accelerator is not None and accelerator.distributed_type in SHARDING
         self.sharded = sharding and self.world_size > 1
@@ -172,41 +172,10 @@ class Replicas:
         self.reduction.give_up()
 
 
-def _check(encoder: Any, model: Any, accelerator: Accelerator | None) -> None:
-    """Refuse an encoder that is wrapped in a way that cannot be exact."""
-    if isinstance(encoder, DistributedDataParallel) and encoder.static_graph:
-        raise ValueError(
-            "expected DistributedDataParallel without static_graph, got static_graph=True: a step calls "
-            "it in several ways. Use find_unused_parameters=True instead"
-        )
-    if isinstance(encoder, FSDPModule) and accelerator is None:
-        raise ValueError("expected the accelerator that prepared the sharded encoder, got None: pass it")
-    prepared = [model]
-    if accelerator is not None and accelerator.num_processes > 1:
-        prepared = accelerator._models
-    if not any(each is encoder or each is model for each in prepared):
-        raise ValueError(
-            "expected the encoder that accelerator.prepare returned, got another: its gradients would never "
-            "be reduced over ranks"
-        )
-
-
-def refuse_hidden_ddp(module: nn.Module) -> None:
-    """Refuse `DistributedDataParallel` behind a function.
-
-    Raises:
-        ValueError: a module that a function calls is wrapped in it.
-    """
-    if isinstance(module, DistributedDataParallel):
-        raise ValueError(
-            "expected DistributedDataParallel as the encoder, got a function around it: its ranks would not be "
-            "told when to reduce. Pass it, or accelerator.prepare's module, itself"
-        )
-
-
 def _reduction_of(encoder: Any, accelerator: Any) -> Reduction:
     if accelerator is not None and accelerator.distributed_type == DistributedType.DEEPSPEED:
         return OfDeepSpeed(encoder)
     if isinstance(encoder, FSDPModule):
         return OfFSDP(encoder)
-    return OfDDP([encoder]) if isinstance(encoder, DistributedDataParallel) else Reduction()
+    wrapped = ddp_modules(encoder)
+    return OfDDP(wrapped) if wrapped else Reduction()

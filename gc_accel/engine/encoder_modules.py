@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gc_accel.distributed import Replicas
-from gc_accel.distributed.replicas import refuse_hidden_ddp
+from gc_accel.distributed.wrapping import refuse_hidden_ddp
 from gc_accel.engine.batch_norm import BatchNorms
 from gc_accel.inputs.nested import Inputs, call
 from gc_accel.state.graph import leaves_of
