@@ -4,23 +4,27 @@
     loss.backward()        their gradient  ->  second pass  ->  the gradient of the weights
 
 To autograd the representations are one function of the weights. So the gradient of each weight arrives once per
-backward pass, and whoever listens to weights (DDP around the encoder, or around a trainer's module that holds it) reduces
-it like that of any other step. FSDP2 keeps the weights of a forward pass to itself: there the second pass leaves its
-gradients with the backend, and they are reduced as in `GradientCache.step`.
+backward pass, and whoever listens to weights (DDP around the encoder, or around a trainer's module that holds it, and
+hooks) sees it like that of any other step. FSDP2 keeps the weights of a forward pass to itself: there the second pass
+leaves its gradients with the backend, and they are reduced as in `GradientCache.step`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed._composable_state import _module_state_mapping
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.nn.parallel import DistributedDataParallel
 
 from gc_accel.contracts import AccumulatedLoss
 from gc_accel.distributed import Replicas
 from gc_accel.distributed.reduction import OfDDP
 from gc_accel.engine.encoding import Encoded
+from gc_accel.engine.loss_of_batch import check_all_seen
+from gc_accel.inputs.walk import Inputs, leaves
 from gc_accel.memory.recovery import is_out_of_memory, no_way_back
 from gc_accel.passes import Passes
 from gc_accel.state.modules import Modes
@@ -32,13 +36,17 @@ class SecondPass:
     Args:
         passes: of the cache.
         encoded: what its first pass has left.
-        end_step: to be called when gradients are there.
+        end_step: to be called with that when gradients are there.
     """
 
-    def __init__(self, passes: Passes, encoded: Sequence[Encoded], end_step: Callable[[], None]) -> None:
-        self.passes, self.encoded, self.end_step = passes, encoded, end_step
-        self.weights = [] if passes.replicas.sharded else passes.modules.weights()
-        self.modes = Modes(passes.replicas.model)
+    def __init__(
+        self, passes: Passes, encoded: list[Encoded], end_step: Callable[[list[Encoded]], None]
+    ) -> None:
+        self.passes, self.encoded, self.end_step = passes.of_this_step(), encoded, end_step
+        self.is_pushed = passes.replicas.reduction.keeps_weights
+        self.weights = [] if self.is_pushed else passes.modules.weights()
+        self.versions = [each._version for each in self.weights]
+        self.modes = Modes(passes.modules.called())
         self.leaves = [leaf for each in encoded for leaf in each.leaves.values()]
         self.is_done = False
 
@@ -48,39 +56,52 @@ class SecondPass:
         outputs = iter(self.passes.replicas.as_output(_SecondPass.apply(self, anchor, *self.weights)))
         return [each._replace(leaves={name: next(outputs) for name in each.leaves}) for each in self.encoded]
 
-    def gradients(self, cached: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Make it: from the gradient of each representation to that of each weight.
+    def check(self, grad: Tensor) -> None:
+        """At the beginning of a backward pass: whether there is still one to be made.
 
         Raises:
-            ValueError: it is made a second time, or with `create_graph`.
-            RuntimeError: memory has run out.
+            ValueError: it is made a second time, or with `create_graph`, or after an optimizer step.
         """
         if self.is_done or torch.is_grad_enabled():
             raise ValueError(
                 "expected one backward pass of a cached loss, without create_graph, got another: its graphs are gone. "
                 "Call cache(batch) again"
             )
+        if self.versions != [each._version for each in self.weights]:
+            raise ValueError(
+                "expected the weights that cache(batch) has encoded with, got others: call loss.backward() before they "
+                "change, as in optimizer.step()"
+            )
+
+    def gradients(self, cached: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Make it: from the gradient of each representation to that of each weight.
+
+        Raises:
+            ValueError: see `check_all_seen` and `Passes.pull`.
+            RuntimeError: memory has run out.
+        """
+        encoded, self.encoded = self.encoded, []  # a loss that is kept, to be logged, keeps nothing else
+        leaves, self.leaves = self.leaves, []
         self.is_done = True
-        for leaf, grad in zip(self.leaves, cached, strict=True):
+        for leaf, grad in zip(leaves, cached, strict=True):
             leaf.grad = grad
+        check_all_seen(encoded, self.passes.streams)
         found = list[Tensor | None]([None] * len(self.weights))
         try:
-            with self.modes.restored(), torch.enable_grad():
-                for each in sorted(self.encoded, key=lambda each: not each.keeps_graph):
-                    if self.passes.replicas.sharded:
+            with self.modes.restored(), without_hooks(self.weights), torch.enable_grad():
+                for each in sorted(encoded, key=lambda each: not each.keeps_graph):
+                    if self.is_pushed:
                         self.passes.push(each)
-                    else:
-                        found = [
-                            _sum(*pair)
-                            for pair in zip(found, self.passes.pull(each, self.weights), strict=True)
-                        ]
+                        continue
+                    for index, grad in enumerate(self.passes.pull(each, self.weights)):
+                        found[index] = _sum(found[index], grad)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             raise no_way_back("in the backward pass of cache(batch)", str(self.passes.chunk_sizes)) from error
-        if self.passes.replicas.sharded:
+        if self.is_pushed:
             self.passes.replicas.reduce()
-        self.end_step()
+        self.end_step(encoded)
         return found
 
 
@@ -111,7 +132,11 @@ def within_ddp(replicas: Replicas) -> Iterator[None]:
     """A block in which the ranks are those of the DDP in whose forward pass it runs, if it does.
 
     Some trainers wrap a module of their own, whose training step calls the cache.
+
+    Raises:
+        ValueError: see `refuse_within_fsdp`.
     """
+    refuse_within_fsdp(replicas.model)
     outer = DistributedDataParallel._active_ddp_module
     if outer is None or outer is replicas.encoder:
         yield
@@ -120,11 +145,35 @@ def within_ddp(replicas: Replicas) -> Iterator[None]:
         yield
 
 
-def check_differentiable(loss_fn: Any, replicas: Replicas, pending: SecondPass | None) -> None:
+def refuse_within_fsdp(model: Any) -> None:
+    """Raise ValueError in the forward pass of an FSDP2 around a model, where ranks have to make the same calls."""
+    inside = set(model.modules()) if isinstance(model, nn.Module) else set()
+    around = [state() for module, state in _module_state_mapping.items() if module not in inside]
+    if any(getattr(each, "_training_state", None) is TrainingState.FORWARD for each in around):
+        raise ValueError(
+            "expected no forward pass of FSDP2 around a gradient cache, got one: pass the module that it shards, and "
+            "the accelerator that prepared it, to GradientCache, and call that outside of any forward pass"
+        )
+
+
+def refuse_forward_pass(model: Any) -> None:
+    """Raise ValueError in the forward pass of FSDP2, or of DDP, which reduces in the backward pass that follows it."""
+    refuse_within_fsdp(model)
+    if DistributedDataParallel._active_ddp_module is not None:
+        raise ValueError(
+            "expected no forward pass of DistributedDataParallel around forward_backward, got one: it would reduce "
+            "nothing. Have that forward pass return cache(batch), and call backward on it"
+        )
+
+
+def check_differentiable(
+    loss_fn: Any, replicas: Replicas, pending: SecondPass | None, batches: Iterable[Inputs]
+) -> None:
     """Raise ValueError for what has no second pass to be made by a backward pass.
 
-    That is DeepSpeed, whose engine calls `backward` by itself; a loss that accumulates; and with DDP a second loss before
-    the first has had its backward pass, as one of them alone would be reduced.
+    That is DeepSpeed, whose engine calls `backward` by itself; a loss that accumulates; with DDP a second loss before
+    the first has had its backward pass, as one of them alone would be reduced; and inputs that something else has
+    computed with a graph.
     """
     if isinstance(loss_fn, AccumulatedLoss):
         name = type(loss_fn).__name__
@@ -133,17 +182,36 @@ def check_differentiable(loss_fn: Any, replicas: Replicas, pending: SecondPass |
         )
     if replicas.reduction.steps:
         raise ValueError(
-            "expected an encoder that DeepSpeed has not prepared in cache(batch), as its engine calls backward by itself: "
-            "call loss = cache.forward_backward(batch) instead of cache(batch) and backward"
+            "expected an encoder that DeepSpeed has not prepared in cache(batch), as its engine calls backward by "
+            "itself: call loss = cache.forward_backward(batch) instead of cache(batch) and backward"
         )
     if isinstance(replicas.reduction, OfDDP) and pending is not None and not pending.is_done:
         raise ValueError(
-            "expected loss.backward() before the next cache(batch) under DistributedDataParallel, got a second loss: one "
-            "of them alone would be reduced. Take them one by one, or both in one batch"
+            "expected loss.backward() before the next cache(batch) under DistributedDataParallel, got a second loss: "
+            "one of them alone would be reduced. Take them one by one (del loss drops one), or both in one batch"
         )
+    tensors = [value for batch in batches for _, value in leaves(batch)]
+    if any(each.requires_grad for each in tensors if isinstance(each, Tensor)):
+        raise ValueError(
+            "expected inputs without a graph in cache(batch), got some that require a gradient: let the encoder "
+            "compute them, or detach them"
+        )
+
+
+@contextmanager
+def without_hooks(weights: Sequence[Tensor]) -> Iterator[None]:
+    """A block in which no hook of a weight runs: the whole gradient is what they are for, not that of each chunk."""
+    hooks = [(each._backward_hooks, dict(each._backward_hooks)) for each in weights if each._backward_hooks]
+    for registered, _ in hooks:
+        registered.clear()
+    try:
+        yield
+    finally:
+        for registered, noted in hooks:
+            registered.update(noted)
 
 
 def _sum(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
     if total is None or grad is None:
         return grad if total is None else total
-    return total.add_(grad)
+    return total + grad  # not in place, as the gradient of a sum is one tensor for both of its terms

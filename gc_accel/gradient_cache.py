@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import islice
 from typing import Any
+from weakref import ref
 
 import torch
 from accelerate import Accelerator
@@ -29,12 +30,12 @@ from transformers.utils import logging
 
 from gc_accel.accumulation import accumulate
 from gc_accel.contracts import AccumulatedLoss
-from gc_accel.differentiable import SecondPass, check_differentiable, times, within_ddp
+from gc_accel.differentiable import SecondPass, check_differentiable, refuse_forward_pass, times, within_ddp
 from gc_accel.distributed import Replicas
 from gc_accel.engine.batch_norm import BatchNorms, Policy
 from gc_accel.engine.encoding import Encoded
 from gc_accel.engine.joining import JoinedCalls
-from gc_accel.engine.loss_of_batch import LossOfBatch
+from gc_accel.engine.loss_of_batch import LossOfBatch, check_all_seen
 from gc_accel.inputs.nested import Inputs
 from gc_accel.memory.chunk_sizes import ChunkSize, ChunkSizes
 from gc_accel.memory.recovery import Reread, no_way_back, retry
@@ -60,6 +61,8 @@ class GradientCache:
         forward_chunk_size: samples of a call of the first pass, where it draws no random numbers; by default
             a chunk, and four of them on an accelerator (one with gradient checkpointing).
         batch_norm: what to do about BatchNorm in training mode: "error", "frozen" or "ghost".
+        reduce_every: after how many chunks of the second pass FSDP2 reduces, which holds the gradients of whole
+            weights until then; None: once, at the end.
     """
 
     def __init__(
@@ -73,9 +76,10 @@ class GradientCache:
         *,
         memory_budget: float | None = None,
         forward_chunk_size: int | None = None,
+        reduce_every: int | None = None,
     ) -> None:
         self.encoder, self.loss_fn = encoder, loss_fn
-        self.replicas = Replicas(encoder, accelerator)
+        self.replicas = Replicas(encoder, accelerator, reduce_every)
         self.model = self.replicas.model
         self.loss = LossOfBatch(loss_fn, self.replicas)
         self.batch_norms = BatchNorms(self.model, batch_norm)
@@ -86,7 +90,8 @@ class GradientCache:
         self.sizes = ChunkSizes(chunk_size, forward_chunk_size, memory_budget, self.replicas)
         parts = self.replicas, self.batch_norms, self.sizes, joined, self.retention
         self.passes = Passes(encoder, *parts, in_one_call=isinstance(loss_fn, AccumulatedLoss))
-        self.pending: SecondPass | None = None  # of the latest `cache(batch)`
+        # Of the latest `cache(batch)`, while its loss is there.
+        self.pending: Callable[[], SecondPass | None] = lambda: None
 
     @property
     def chunk_sizes(self) -> dict[Any, int]:
@@ -106,6 +111,7 @@ class GradientCache:
         ValueError, before any gradient has changed, for inputs that do not pair up, BatchNorm in training mode,
         NaN, and a loss that ignores a representation.
         """
+        refuse_forward_pass(self.model)
         step = self.step
         if isinstance(self.loss_fn, AccumulatedLoss):  # needs less than a cache
             step = partial(accumulate, self.loss_fn, self.passes)
@@ -133,8 +139,9 @@ class GradientCache:
         # 2. The loss of the whole batch leaves its gradient in the leaves.
         loss = self.cache_gradients(calls, chunks, loss_kwargs)
         # 3. Second pass: every chunk again, and its cached gradient into the weights; graphs that were kept go first.
-        for call in sorted(calls, key=lambda call: not call.keeps_graph):
+        for number, call in enumerate(sorted(calls, key=lambda call: not call.keeps_graph), start=1):
             self.passes.push(call)
+            self.replicas.pushed(number)
         self.replicas.reduce()  # nothing on one process
         self.end_step(calls)
         return loss
@@ -143,10 +150,10 @@ class GradientCache:
         self, calls: list[Encoded], chunks: Iterable[Inputs], loss_kwargs: Mapping[str, Any]
     ) -> Tensor:
         """Leave the gradient of the loss in the leaves of all calls; return the loss, 0-d, detached."""
+        loss = self.loss.of(calls, chunks, loss_kwargs)
         with self.replicas.agreement.before_each_collective():
-            loss = self.loss.of(calls, chunks, loss_kwargs)
             self.replicas.scaled(loss).backward()
-        self.loss.check_all_seen(calls)
+        check_all_seen(calls, self.passes.streams)
         return loss.detach()
 
     def end_step(self, calls: list[Encoded]) -> None:
@@ -156,17 +163,19 @@ class GradientCache:
 
     def differentiable(self, chunks: Iterable[Inputs], loss_kwargs: Mapping[str, Any]) -> Tensor:
         """The first pass and the loss; the second pass is the backward pass of what is returned."""
-        check_differentiable(self.loss_fn, self.replicas, self.pending)
+        check_differentiable(self.loss_fn, self.replicas, self.pending(), chunks)
         calls = [encoded for call in self.passes.calls(chunks) for encoded in self.passes.encode(call)]
-        self.pending = SecondPass(self.passes, calls, partial(self.end_step, calls))
-        loss = self.loss.of(self.pending.calls(), chunks, loss_kwargs)
-        return times(loss, self.replicas.world_size)
+        second_pass = SecondPass(self.passes, calls, self.end_step)
+        loss = times(self.loss.of(second_pass.calls(), chunks, loss_kwargs), self.replicas.world_size)
+        loss.register_hook(second_pass.check)
+        self.pending = ref(second_pass)
+        return loss
 
     def evaluate(self, chunks: Iterable[Inputs], loss_kwargs: Mapping[str, Any]) -> Tensor:
         """The loss alone."""
         schedule = self.passes.calls(chunks, keep_graphs=False)
         calls = [encoded for call in schedule for encoded in self.passes.encode(call)]
-        return self.loss.of(calls, chunks, loss_kwargs).detach()
+        return self.loss.of(calls, chunks, loss_kwargs, graph=False)
 
     def _with_retries(
         self,
@@ -175,6 +184,7 @@ class GradientCache:
         loss_kwargs: Mapping[str, Any],
     ) -> Tensor:
         """Make a step, again with half the chunk where memory runs out."""
+        self.replicas.follow()
         snapshot, reread = Snapshot(self.replicas.device), Reread(chunks)
         for first in islice(reread, not self.chunk_sizes):  # "auto" measures with the first chunk
             self.sizes.settle(first)

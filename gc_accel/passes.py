@@ -11,6 +11,7 @@ Both passes add gradients up on this rank; `Replicas.reduce` follows once per st
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from copy import copy
 from typing import Any
 
 import torch
@@ -74,6 +75,12 @@ class Passes:
             self.streams = self.streams.as_one()
         self.modules.begin_step(snapshot)
 
+    def of_this_step(self) -> "Passes":
+        """These, whichever step begins before they are done."""
+        passes = copy(self)
+        passes.batch_norms = copy(self.batch_norms)
+        return passes
+
     def calls(self, batches: Iterable[Inputs], *, keep_graphs: bool = True) -> Iterator[Call]:
         """The calls of the first pass, in their order, as batches are read.
 
@@ -133,7 +140,7 @@ class Passes:
         """Second pass of a chunk: the gradient that it leaves for each weight.
 
         Raises:
-            ValueError: a function has weights that are not among these.
+            ValueError: there are weights that are not among these.
         """
         outputs, grads = self._again(encoded)
         self.modules.check_known(outputs, weights)

@@ -5,14 +5,14 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-from gc_accel.distributed.alignment import align
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from gc_accel import GradientCache
 from gc_accel.distributed import RankedBatch
-from gc_accel.engine.schedule import Turn
+from gc_accel.engine.alignment import align
+from gc_accel.engine.schedule import Chunk
 from gc_accel.losses import CLIPLoss, SigLIPLoss, dense
 from tests.comparing import assert_equal, gradients
 from tests.models import dual_encoder, image_text_batch
@@ -89,8 +89,8 @@ def all_steps(rank):
         "ragged": ddp_step(rank, ragged=True),
         "wrong scale": wrong_scale_step(rank),
         "gather": gather_step(rank),
-        "turns": turns_of(rank, PIECES[rank]),
-        "no sample": turns_of(rank, PIECES[rank] if rank else []),
+        "aligned": aligned(CHUNKS[rank]),
+        "no sample": aligned(CHUNKS[rank] if rank else []),
     }
 
 
@@ -161,33 +161,32 @@ def a_sharded_encoder_without_its_accelerator_is_refused():
         GradientCache(encoder, CLIPLoss())
 
 
-PIECES = [
+CHUNKS = [  # the streams of each rank's chunks, which begin at different samples to be told apart
     [("image", 1), ("image", 2), ("text", 3), ("image", 4), ("text", 5)],
-    [("text", 6)],
+    [("image", 6), ("text", 7)],
 ]
 
 
-def turns_of(rank, pieces):
-    """The turns that one rank takes, what it had read before each, and what ended them."""
+def aligned(chunks):
+    """The chunks that one rank encodes, how many it had read before each, and what ended them."""
     read = []
 
     def reading():
-        joint.update({"image": 0, "text": 0} if pieces else {})
-        for piece in pieces:
-            read.append(piece)
-            yield Turn(*piece)
+        for stream, start in chunks:
+            read.append(start)
+            yield Chunk(stream, None, start, start + 1)
 
-    joint, turns = {}, []
+    encoded = []
     try:
-        for turn in align(reading(), joint, ["image", "text"], torch.device("cpu")):
-            turns.append((*turn, len(read)))
+        for chunk in align(reading(), ["image", "text"], torch.device("cpu")):
+            encoded.append((chunk.stream, chunk.start, chunk.counts, len(read)))
     except ValueError as error:
         return str(error)
-    return turns
+    return encoded
 
 
-def test_a_rank_with_fewer_pieces_repeats_its_latest_one_of_the_stream_that_comes_next(two_ranks):
-    first, second = (result["turns"] for result in two_ranks)
+def test_a_rank_with_fewer_chunks_repeats_its_latest_one_of_the_stream_that_comes_next(two_ranks):
+    first, second = (result["aligned"] for result in two_ranks)
     assert first == [
         ("image", 1, True, 1),
         ("image", 2, True, 2),
@@ -195,12 +194,12 @@ def test_a_rank_with_fewer_pieces_repeats_its_latest_one_of_the_stream_that_come
         ("image", 4, True, 4),
         ("text", 5, True, 5),
     ]
-    assert [turn[:3] for turn in second] == [
-        ("image", 0, False),
-        ("image", 0, False),
-        ("text", 6, True),
-        ("image", 0, False),
-        ("text", 6, False),
+    assert [chunk[:3] for chunk in second] == [
+        ("image", 6, True),
+        ("image", 6, False),
+        ("text", 7, True),
+        ("image", 6, False),
+        ("text", 7, False),
     ]
 
 

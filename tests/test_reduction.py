@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gc_accel import GradientCache
 from tests.comparing import assert_equal, gradients
 from tests.ranks import run_on_ranks
-from tests.topologies import DDP_2, FSDP2, WORLD_SIZES, ZERO, Reductions, prepare
+from tests.topologies import FSDP2, WORLD_SIZES, ZERO, Reductions, prepare
 
 SIZE, CHUNK = 10, 2
 HOT = 8  # the only sample that goes to the expert: of the second rank, in its second chunk
@@ -103,15 +103,19 @@ def test_an_expert_of_one_rank_is_trained_on_all(find_unused, batches, tmp_path)
         assert_equal(found, {n: None if g is None else batches * g for n, g in exact.items()})
         assert_equal(after, {n: None if g is None else (batches + 1) * g for n, g in exact.items()})
         assert found["idle.layer.weight"] is None, "what nobody has used stays without a gradient"
-        assert numbers < size * 1.5 + batches * 500, "one reduction, and what the loss and the agreement exchange"
+        assert numbers < size * 1.5 + batches * 500, (
+            "one reduction, and what the loss and the agreement exchange"
+        )
         chunks = 3 - rank
-        assert len(calls) == (batches + 1) * (2 * chunks - min(rank, chunks)), "and nothing was encoded for it"
+        assert len(calls) == (batches + 1) * (2 * chunks - min(rank, chunks)), (
+            "and nothing was encoded for it"
+        )
 
 
-def sharded(rank: int, topology: str, batches: int) -> Any:
+def sharded(rank: int, topology: str, batches: int, reduce_every: int | None) -> Any:
     model = mixture()
     prepared = prepare(topology, model, gradient_accumulation_steps=batches)
-    cache = GradientCache(prepared.encoder, loss, CHUNK, prepared.accelerator)
+    cache = GradientCache(prepared.encoder, loss, CHUNK, prepared.accelerator, reduce_every=reduce_every)
     for _ in range(2):  # the second optimizer step begins where the first one has left the backend
         for _ in range(batches):
             with prepared.accelerator.accumulate(prepared.encoder):
@@ -136,11 +140,19 @@ def two_steps(batches: int) -> dict[str, Tensor]:
     return taken, gradients(model)
 
 
+CASES = [(topology, batches, None) for topology in (FSDP2, *ZERO) for batches in (1, 2, 3)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("batches", [1, 2, 3])
-@pytest.mark.parametrize("topology", [FSDP2, *ZERO])
-def test_sharded_ranks_agree_on_what_has_a_gradient(topology, batches, tmp_path):
+@pytest.mark.parametrize(("topology", "batches", "reduce_every"), [*CASES, (FSDP2, 1, 1), (FSDP2, 2, 2)])
+def test_sharded_ranks_agree_on_what_has_a_gradient(topology, batches, reduce_every, tmp_path):
     taken, second = two_steps(batches)
-    for found, world_size in run_on_ranks(sharded, 2, tmp_path, topology, batches):
+    for found, world_size in run_on_ranks(sharded, 2, tmp_path, topology, batches, reduce_every):
         assert world_size == WORLD_SIZES[topology] == 2
         assert_equal(found, second if topology == FSDP2 else taken)
+
+
+@pytest.mark.parametrize("reduce_every", [0, -1])
+def test_reduce_every_counts_chunks(reduce_every):
+    with pytest.raises(ValueError, match="expected reduce_every of at least 1"):
+        GradientCache(mixture(), loss, CHUNK, reduce_every=reduce_every)

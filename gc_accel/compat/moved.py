@@ -38,6 +38,7 @@ RENAMED = {
     "equivalence.joining": "inputs.joining",
     "losses.inputs": "losses.checks",
     "numerics": "engine.checks",
+    "planning.table": "planning.report",
     "training.planning": "programs.planning",
 }
 MOVED = {

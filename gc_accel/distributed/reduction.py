@@ -31,9 +31,11 @@ class Reduction:
 
     Attributes:
         steps: whether the optimizer steps along.
+        keeps_weights: whether those that a forward pass computes with are not the module's own.
     """
 
     steps = False
+    keeps_weights = False
 
     def adding_up(self) -> AbstractContextManager[Any]:
         """A block whose forward and backward passes add gradients up on this rank alone."""
@@ -80,8 +82,8 @@ class OfDDP(Reduction):
             for each, has in zip(trained, present, strict=True):
                 if not has:
                     each.grad = None
-            # A collective call, which DDP would make in the first forward pass with a graph of the next step. Ranks come
-            # there at different moments, if they keep other graphs or run out of memory before.
+            # A collective call, which DDP would make in the first forward pass with a graph of the next step. Ranks
+            # come there at different moments, if they keep other graphs or run out of memory before.
             module.reducer._rebuild_buckets()
 
     def as_output(self, output: Any) -> Any:
@@ -97,6 +99,8 @@ class OfDDP(Reduction):
 
 class OfFSDP(Reduction):
     """The root that `fully_shard` made of an encoder."""
+
+    keeps_weights = True
 
     def __init__(self, root: FSDPModule) -> None:
         self.root = root

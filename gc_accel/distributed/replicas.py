@@ -41,12 +41,19 @@ class Replicas:
     Args:
         encoder: a callable, a module, a module wrapped in DDP, or what `accelerator.prepare` returned.
         accelerator: the one that prepared the encoder, if any.
+        reduce_every: after how many chunks of the second pass sharded gradients are reduced; None: at its end alone.
 
     Raises:
-        ValueError: the encoder is not the one that was prepared, or wrapped in a way that cannot be exact.
+        ValueError: the encoder is not the one that was prepared, or wrapped in a way that cannot be exact; a number
+            of chunks below 1, or with DeepSpeed.
     """
 
-    def __init__(self, encoder: Callable[..., Any], accelerator: Accelerator | None) -> None:
+    def __init__(
+        self,
+        encoder: Callable[..., Any],
+        accelerator: Accelerator | None,
+        reduce_every: int | None = None,
+    ) -> None:
         self.encoder: Any = encoder
         self.model: Any = encoder  # without what wraps it
         if isinstance(encoder, nn.Module):
@@ -55,7 +62,7 @@ class Replicas:
         self.accelerator: Any = accelerator
         self.parameters = list(self.model.parameters()) if isinstance(self.model, nn.Module) else []
         is_ddp = isinstance(encoder, DistributedDataParallel)
-        self.group = encoder.process_group if is_ddp else None
+        self.group: Any = encoder.process_group if isinstance(encoder, DistributedDataParallel) else None
         if accelerator is not None:
             self.world_size, self.device = accelerator.num_processes, accelerator.device
         else:
@@ -65,7 +72,20 @@ class Replicas:
         self.sharded = sharding and self.world_size > 1
         self.agreement = Agreement(self.device, self.group, self.world_size)
         self.reduction = _reduction_of(encoder, accelerator)
+        if reduce_every is not None and (reduce_every < 1 or self.reduction.steps):
+            raise ValueError(
+                "expected reduce_every of at least 1 chunk, and None with DeepSpeed, which reduces all chunks of an "
+                f"optimizer step at once, got {reduce_every}"
+            )
+        self.reduce_every = reduce_every
         self.is_reducing = False  # or has reduced: there is no way back
+
+    def follow(self) -> None:
+        """Go where the weights are now: a trainer may have moved or replaced them since."""
+        if isinstance(self.model, nn.Module):
+            self.parameters = list(self.model.parameters())
+        if self.accelerator is None and self.parameters:
+            self.device = self.parameters[0].device
 
     def lowest(self, numbers: Sequence[float]) -> list[float]:
         """Of each number the lowest that a rank hands in."""
@@ -130,6 +150,15 @@ class Replicas:
             yield
         finally:
             self.group, self.world_size, self.agreement = before
+
+    def pushed(self, number: int) -> None:
+        """After so many chunks of a second pass: reduce what they have added up, if it takes the memory of all weights.
+
+        Whole gradients of sharded weights are there until they are reduced.
+        """
+        if self.reduce_every is not None and self.reduction.keeps_weights and number % self.reduce_every == 0:
+            with torch.enable_grad():
+                self.reduction.reduce(self.any_rank)
 
     @property
     def is_lost(self) -> bool:

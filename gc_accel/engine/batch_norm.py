@@ -43,7 +43,7 @@ class BatchNorms:
         Raises:
             ValueError: a layer is in training mode, or has no running statistics to be frozen at.
         """
-        self.tracking.clear()
+        self.tracking = []  # another list, as a second pass may still be to come
         if isinstance(self.encoder, nn.Module):
             self.meet(self.encoder)
 

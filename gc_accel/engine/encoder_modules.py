@@ -17,7 +17,7 @@ from gc_accel.engine.batch_norm import BatchNorms
 from gc_accel.inputs.nested import Inputs, call
 from gc_accel.state.graph import leaves_of
 from gc_accel.state.modules import first_called, meeting
-from gc_accel.state.rng import CPU
+from gc_accel.state.rng import CPU, device_in_use
 from gc_accel.state.snapshot import Snapshot
 
 
@@ -31,7 +31,7 @@ class EncoderModules:
     def __init__(self, replicas: Replicas, batch_norms: BatchNorms) -> None:
         self.replicas, self.batch_norms = replicas, batch_norms
         self.is_function = not isinstance(replicas.model, nn.Module)
-        self.knows_device = not self.is_function or replicas.device == CPU or replicas.accelerator is not None
+        self.knows_device = not self.is_function or replicas.accelerator is not None
 
     def begin_step(self, snapshot: Snapshot) -> None:
         """Look at the layers of a module, and note what a step will change in it.
@@ -55,9 +55,9 @@ class EncoderModules:
         if not self.is_function:
             yield
             return
-        if not self.knows_device:
-            if module := first_called(partial(call, encoder, inputs())):
-                self.replicas.device = next(module.parameters()).device
+        if not self.knows_device and device_in_use() != CPU:
+            module = first_called(partial(call, encoder, inputs()))
+            self.replicas.device = next(module.parameters()).device if module else device_in_use()
             self.knows_device = True
         with meeting(self._meet):
             yield
@@ -72,11 +72,18 @@ class EncoderModules:
         weights = self.snapshot.grads if self.is_function else self.replicas.parameters
         return [weight for weight in weights if weight.requires_grad]
 
+    def called(self) -> Iterable[nn.Module]:
+        """All parts; of a function those that it has called in this step."""
+        return self.snapshot.modules if self.is_function else self.replicas.model.modules()
+
     def check_known(self, outputs: Iterable[Tensor], weights: Iterable[Tensor]) -> None:
-        """Raise ValueError if a function has computed outputs with weights that are not among these."""
-        if self.is_function and not set(leaves_of(outputs)) <= set(weights):
+        """Raise ValueError if outputs were computed with weights that are not among these."""
+        others = set(leaves_of(outputs)) - set(weights)
+        # A module may mark what it has computed as a leaf, as some do where they checkpoint.
+        if others := {leaf for leaf in others if self.is_function or isinstance(leaf, nn.Parameter)}:
             raise ValueError(
-                "expected a function whose weights belong to modules, got others: have a module hold them"
+                "expected an encoder whose weights belong to modules that it has called in cache(batch), got others, "
+                f"of shapes {[tuple(leaf.shape) for leaf in others]}: have such a module hold them"
             )
 
     def _meet(self, module: nn.Module) -> None:

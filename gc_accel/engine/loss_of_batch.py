@@ -43,9 +43,14 @@ class LossOfBatch:
             snapshot.note(self.loss_fn, buffers=not isinstance(self.loss_fn, StatefulLoss))
 
     def of(
-        self, encoded: Sequence[Encoded], batches: Iterable[Inputs], loss_kwargs: Mapping[str, Any]
+        self,
+        encoded: Sequence[Encoded],
+        batches: Iterable[Inputs],
+        loss_kwargs: Mapping[str, Any],
+        *,
+        graph: bool = True,
     ) -> Tensor:
-        """The loss of the global batch, 0-d, with a graph that ends in the leaves.
+        """The loss of the global batch, 0-d, with a graph that ends in the leaves, if one is wanted.
 
         Args:
             encoded: all chunks of this rank, in the order of the samples.
@@ -53,29 +58,24 @@ class LossOfBatch:
             loss_kwargs: further keyword arguments of the loss.
 
         Raises:
-            ValueError: for an argument that is given twice, a loss that is no number, NaN, or not of the representations.
+            ValueError: for an argument that is given twice, a loss that is no number, NaN, or no function of the
+                representations.
         """
         arguments = self._arguments(batches, loss_kwargs)
         global_names = self.streams.global_names
         shared = {name: leaf for name, leaf in self._first_trained(encoded).items() if name in global_names}
         # The modules behind a function are met when it calls them.
         met = nullcontext() if isinstance(self.loss_fn, nn.Module) else meeting(self.snapshot.note)
+        together, device = self.replicas.agreement.before_each_collective(), self.replicas.device.type
         self.replicas.agreement.check()
-        with met, torch.enable_grad(), torch.autocast(self.replicas.device.type, enabled=False):
+        with met, together, torch.set_grad_enabled(graph), torch.autocast(device, enabled=False):
             reps = self._joined(encoded)
             loss = global_loss(self.loss_fn, self.replicas, reps, shared, arguments)
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.requires_grad != graph:
             raise ValueError(f"expected a scalar loss of the representations, got {loss}")
         check_finite(loss, reps)
         self.snapshot.note_gradients(leaves_of([loss]))
         return loss.reshape(())
-
-    def check_all_seen(self, encoded: Sequence[Encoded]) -> None:
-        """Raise ValueError if the loss has left no gradient in some representation."""
-        leaves = {name: leaves[0] for name, leaves in by_name(encoded).items()}
-        unseen = [name for name, leaf in leaves.items() if leaf.requires_grad and leaf.grad is None]
-        if ignored := [name for name in unseen if name not in self.streams.global_names]:
-            raise ValueError(f"expected a loss of every representation, got one that ignores {ignored}")
 
     @torch.no_grad()
     def update(self, encoded: Sequence[Encoded]) -> None:
@@ -102,6 +102,14 @@ class LossOfBatch:
         if twice := loss_kwargs.keys() & joined:
             raise ValueError(f"expected {sorted(twice)} in the chunks or by keyword, got both")
         return {**loss_kwargs, **send_to_device(joined, self.replicas.device)}
+
+
+def check_all_seen(encoded: Sequence[Encoded], streams: Streams) -> None:
+    """Raise ValueError if a loss has left no gradient in some representation."""
+    leaves = {name: leaves[0] for name, leaves in by_name(encoded).items()}
+    unseen = [name for name, leaf in leaves.items() if leaf.requires_grad and leaf.grad is None]
+    if ignored := [name for name in unseen if name not in streams.global_names]:
+        raise ValueError(f"expected a loss of every representation, got one that ignores {ignored}")
 
 
 def global_loss(

@@ -77,9 +77,9 @@ def in_chunks(batches: Iterable[Inputs], streams: Streams, chunk_sizes: Mapping[
 def keeping_graphs(chunks: Iterable[Chunk], limits: Mapping[Any, float]) -> Iterator[Call]:
     """Calls of one chunk each, in the same order, of which some keep their graph.
 
-    Of each stream these are the first ones, which are known as they come, and the last. Its graph takes no memory on top
-    of what a chunk without one is encoded in, so the one place that is always worth having goes to it. A chunk waits
-    until it is known whether it is the last.
+    Of each stream these are the first ones, which are known as they come, and the last. Its graph takes no memory on
+    top of what a chunk without one is encoded in, so the one place that is always worth having goes to it. A chunk
+    waits until it is known whether it is the last.
 
     Args:
         limits: by stream, how many chunks may keep their graph.

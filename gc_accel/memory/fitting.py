@@ -183,7 +183,7 @@ class _Calls:
         """Of a call, beside the gradients of all weights, as in the second pass; with a graph its backward pass too."""
         for weight in self.trained:
             weight.grad = torch.zeros_like(weight)
-        known = [*self.start.grads, *self.start.buffers, *tensors_in(inputs)]
+        known = [*self.start.grads, *self.start.values, *tensors_in(inputs)]
         known += [weight.grad for weight in self.trained if weight.grad is not None]
         device = self.replicas.device
         with PeakBytes(device, known) as peak:

@@ -2,9 +2,8 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from itertools import takewhile
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -21,58 +20,11 @@ from gc_accel.memory.budget import (
 from gc_accel.memory.fitting import largest_chunk
 from gc_accel.memory.retention import Retain, check_retain
 from gc_accel.planning.dry_run import DryRun
-from gc_accel.planning.step import BytesByPart, StepCost
-from gc_accel.planning.table import table
+from gc_accel.planning.report import Plan
+from gc_accel.planning.step import StepCost
 
 TOLERANCE = 0.02  # more FLOPs than the least are worth a larger chunk
 SIZES = 4  # how many chunk sizes, from the largest that fits, to compare
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What one step costs, on each of some devices. `print(plan)` shows it as a table.
-
-    Args:
-        batch_size: samples of one device.
-        devices: number of processes, each with all weights.
-        memory: bytes that one device has.
-        chunk_size, retain: of this plan.
-        bytes: by stage and by part.
-        flops: by stage.
-        sent: bytes that a device sends to others in a step, by what they are.
-        suggested_chunk_size: the one to take, a power of two or the batch; 0 if not even one sample fits.
-        suggested_retain: the one to take with it.
-        suggested_peak: bytes at most with both.
-    """
-
-    batch_size: int
-    devices: int
-    memory: int
-    chunk_size: int
-    retain: Retain
-    bytes: BytesByPart
-    flops: dict[str, float]
-    sent: dict[str, int]
-    suggested_chunk_size: int
-    suggested_retain: Retain
-    suggested_peak: int
-
-    @property
-    def peak(self) -> int:
-        """Bytes of one device at most."""
-        return max(sum(parts.values()) for parts in self.bytes.values())
-
-    @property
-    def shares(self) -> dict[str, float]:
-        """Share of each stage in the FLOPs, and so, where these decide, in the time."""
-        return {stage: flops / sum(self.flops.values()) for stage, flops in self.flops.items()}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, for a file."""
-        return asdict(self) | {"peak": self.peak, "shares": self.shares}
-
-    def __str__(self) -> str:
-        return table(self)
 
 
 def plan(

@@ -3,7 +3,7 @@
 An encoder may be a function around modules. Which ones, it does not say, so they are met when they are called.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,10 +49,9 @@ def first_called(fn: Callable[[], Any]) -> nn.Module | None:
 
 
 class Modes:
-    """The modes of all parts of a module now, training or eval; of a function none."""
+    """The modes of modules now, training or eval."""
 
-    def __init__(self, model: Any) -> None:
-        modules = model.modules() if isinstance(model, nn.Module) else ()
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.modes = {module: module.training for module in modules}
 
     def put_back(self) -> None:
@@ -75,7 +74,7 @@ class Modes:
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """A block in which a module is in training or in eval mode; every part of it afterwards in the mode it had."""
-    modes = Modes(model)
+    modes = Modes(model.modules())
     model.train(training)
     try:
         yield

@@ -32,13 +32,18 @@ class CachedContrastiveArguments(TrainingArguments):
     )
     memory_budget: float | None = option(
         None,
-        "What activations may take where 'auto' decides: bytes, beside weights, gradients, optimizer and inputs; or, up "
-        "to 1, the fraction of a GPU to fill. Needed on the CPU with retain='auto'.",
+        "What activations may take where 'auto' decides: bytes, beside weights, gradients, optimizer and inputs; or, "
+        "up to 1, the fraction of a GPU to fill. Needed on the CPU with retain='auto'.",
     )
     forward_chunk_size: int | None = option(
         None,
         "Samples of a call of the first pass, where it draws no random numbers; by default a chunk, and four of them "
         "on an accelerator (one with gradient checkpointing).",
+    )
+    reduce_every: int | None = option(
+        None,
+        "Chunks of the second pass after which FSDP2 reduces gradients, which are those of whole weights until then; "
+        "by default once, at the end. Sets memory and speed, never the result.",
     )
     batch_norm: str = option(
         "error",

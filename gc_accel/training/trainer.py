@@ -139,6 +139,7 @@ class CachedContrastiveTrainer(Trainer):
                 policy,
                 memory_budget=self.args.memory_budget,
                 forward_chunk_size=self.args.forward_chunk_size,
+                reduce_every=self.args.reduce_every,
             )
         return self.cache
 

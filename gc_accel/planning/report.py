@@ -1,11 +1,59 @@
-"""A plan as text."""
+"""What a plan says: costs by stage and part, what to take, and all of it as a table."""
 
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import Any
 
-if TYPE_CHECKING:
-    from gc_accel.planning.plan import Plan
+from gc_accel.memory.retention import Retain
+from gc_accel.planning.step import BytesByPart
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one step costs, on each of some devices. `print(plan)` shows it as a table.
+
+    Args:
+        batch_size: samples of one device.
+        devices: number of processes, each with all weights.
+        memory: bytes that one device has.
+        chunk_size, retain: of this plan.
+        bytes: by stage and by part.
+        flops: by stage.
+        sent: bytes that a device sends to others in a step, by what they are.
+        suggested_chunk_size: the one to take, a power of two or the batch; 0 if not even one sample fits.
+        suggested_retain: the one to take with it.
+        suggested_peak: bytes at most with both.
+    """
+
+    batch_size: int
+    devices: int
+    memory: int
+    chunk_size: int
+    retain: Retain
+    bytes: BytesByPart
+    flops: dict[str, float]
+    sent: dict[str, int]
+    suggested_chunk_size: int
+    suggested_retain: Retain
+    suggested_peak: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes of one device at most."""
+        return max(sum(parts.values()) for parts in self.bytes.values())
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of each stage in the FLOPs, and so, where these decide, in the time."""
+        return {stage: flops / sum(self.flops.values()) for stage, flops in self.flops.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for a file."""
+        return asdict(self) | {"peak": self.peak, "shares": self.shares}
+
+    def __str__(self) -> str:
+        return table(self)
 
 
 def size(nbytes: float) -> str:
@@ -16,7 +64,7 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.0f} B" if power == 0 else f"{nbytes:,.1f} {UNITS[power]}"
 
 
-def table(plan: "Plan") -> str:
+def table(plan: Plan) -> str:
     """Memory by part and stage, work by stage, communication, and what to take."""
     each = f"on each of {plan.devices} devices" if plan.devices > 1 else "on one device"
     lines = [
@@ -41,7 +89,7 @@ def table(plan: "Plan") -> str:
     return "\n".join(lines)
 
 
-def suggestion(plan: "Plan") -> str:
+def suggestion(plan: Plan) -> str:
     """What to take, in one line."""
     peak = size(plan.suggested_peak)
     if plan.suggested_chunk_size == 0:
