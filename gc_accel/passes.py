@@ -106,11 +106,10 @@ class Passes:
 
     def encode(self, call: Call) -> list[Encoded]:
         """First pass of a call: of each of its chunks the representations, as leaves, and how to encode it again."""
-        streams, device = self.streams, self.replicas.device
-        encoded = None
+        streams, encoded = self.streams, None
         if len(call.chunks) > 1:
             with self.replicas.adding_up(), self._met(call.chunks[0]):
-                encoded = self.joined.encode(self.encoder, call, streams, device)
+                encoded = self.joined.encode(self.encoder, call, streams, self.replicas.device)
         encoded = encoded or [self.encode_chunk(chunk, call.keeps_graph) for chunk in call.chunks]
         pairs = zip(encoded, call.chunks, strict=True)
         encoded = [each if chunk.counts else without_rows(each) for each, chunk in pairs]
