@@ -9,9 +9,11 @@ hooks) sees it like that of any other step. FSDP2 keeps the weights of a forward
 leaves its gradients with the backend, and they are reduced as in `GradientCache.step`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +25,40 @@ from gc_accel.contracts import AccumulatedLoss
 from gc_accel.distributed import Replicas
 from gc_accel.distributed.reduction import OfDDP
 from gc_accel.engine.encoding import Encoded
-from gc_accel.engine.loss_of_batch import check_all_seen
+from gc_accel.engine.loss_of_batch import LossOfBatch, check_all_seen
 from gc_accel.inputs.walk import Inputs, leaves
 from gc_accel.memory.recovery import is_out_of_memory, no_way_back
 from gc_accel.passes import Passes
 from gc_accel.state.modules import Modes
+
+
+class CachedLoss:
+    """A step whose second pass is the backward pass of the loss that it returns.
+
+    Args:
+        passes, loss: of the cache.
+        end_step: to be called with what was encoded when gradients are there.
+    """
+
+    def __init__(self, passes: Passes, loss: LossOfBatch, end_step: Callable[[list[Encoded]], None]) -> None:
+        self.passes, self.loss, self.end_step = passes, loss, end_step
+        # Of the latest one, while its loss is there.
+        self.pending: Callable[[], SecondPass | None] = lambda: None
+
+    def __call__(self, chunks: Iterable[Inputs], loss_kwargs: Mapping[str, Any]) -> Tensor:
+        """The loss of the global batch, 0-d; without grad mode the number alone."""
+        trains, replicas = torch.is_grad_enabled(), self.passes.replicas
+        if trains:
+            check_differentiable(self.loss.loss_fn, replicas, self.pending(), chunks)
+        schedule = self.passes.calls(chunks, keep_graphs=trains)
+        encoded = [chunk for call in schedule for chunk in self.passes.encode(call)]
+        if not trains:
+            return self.loss.of(encoded, chunks, loss_kwargs, graph=False)
+        second_pass = SecondPass(self.passes, encoded, self.end_step)
+        loss = times(self.loss.of(second_pass.calls(), chunks, loss_kwargs), replicas.world_size)
+        loss.register_hook(second_pass.check)
+        self.pending = ref(second_pass)
+        return loss
 
 
 class SecondPass:
@@ -42,7 +73,8 @@ class SecondPass:
     def __init__(
         self, passes: Passes, encoded: list[Encoded], end_step: Callable[[list[Encoded]], None]
     ) -> None:
-        self.passes, self.encoded, self.end_step = passes.of_this_step(), encoded, end_step
+        self.passes, self.encoded, self.end_step = copy(passes), encoded, end_step
+        self.passes.batch_norms = copy(passes.batch_norms)  # whichever step begins before this one is done
         self.is_pushed = passes.replicas.reduction.keeps_weights
         self.weights = [] if self.is_pushed else passes.modules.weights()
         self.versions = [each._version for each in self.weights]

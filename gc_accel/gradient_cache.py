@@ -21,16 +21,14 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import islice
 from typing import Any
-from weakref import ref
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers.utils import logging
 
 from gc_accel.accumulation import accumulate
 from gc_accel.contracts import AccumulatedLoss
-from gc_accel.differentiable import SecondPass, check_differentiable, refuse_forward_pass, times, within_ddp
+from gc_accel.differentiable import CachedLoss, refuse_forward_pass, within_ddp
 from gc_accel.distributed import Replicas
 from gc_accel.engine.batch_norm import BatchNorms, Policy
 from gc_accel.engine.encoding import Encoded
@@ -90,8 +88,7 @@ class GradientCache:
         self.sizes = ChunkSizes(chunk_size, forward_chunk_size, memory_budget, self.replicas)
         parts = self.replicas, self.batch_norms, self.sizes, joined, self.retention
         self.passes = Passes(encoder, *parts, in_one_call=isinstance(loss_fn, AccumulatedLoss))
-        # Of the latest `cache(batch)`, while its loss is there.
-        self.pending: Callable[[], SecondPass | None] = lambda: None
+        self.cached_loss = CachedLoss(self.passes, self.loss, self.end_step)
 
     @property
     def chunk_sizes(self) -> dict[Any, int]:
@@ -121,16 +118,14 @@ class GradientCache:
         """The loss of the global batch, 0-d, whose `backward()` makes the second pass and reduces over ranks.
 
         It is a loss like any other: what multiplies it (a gradient scaler, one over the accumulated batches, a weight)
-        goes into the gradient, so any trainer that calls `backward` can hold it. Without grad mode it is the loss
-        alone.
+        goes into the gradient, so any trainer that calls `backward` can hold it. Without grad mode it is a number.
         `forward_backward` takes less memory, and is made again where memory runs out in its second pass.
 
         Raises:
             ValueError: see `forward_backward_chunks` and `differentiable.py`.
         """
         with within_ddp(self.replicas):
-            step = self.differentiable if torch.is_grad_enabled() else self.evaluate
-            return self._with_retries(step, [batch], loss_kwargs)
+            return self._with_retries(self.cached_loss, [batch], loss_kwargs)
 
     def step(self, chunks: Iterable[Inputs], loss_kwargs: Mapping[str, Any]) -> Tensor:
         """One attempt at a step; `retry` undoes it if memory runs out."""
@@ -160,22 +155,6 @@ class GradientCache:
         """Decide how many graphs are kept from now on, and let a loss move its state."""
         self.retention.decide(self.passes.counts, self.passes.sizes)
         self.loss.update(calls)
-
-    def differentiable(self, chunks: Iterable[Inputs], loss_kwargs: Mapping[str, Any]) -> Tensor:
-        """The first pass and the loss; the second pass is the backward pass of what is returned."""
-        check_differentiable(self.loss_fn, self.replicas, self.pending(), chunks)
-        calls = [encoded for call in self.passes.calls(chunks) for encoded in self.passes.encode(call)]
-        second_pass = SecondPass(self.passes, calls, self.end_step)
-        loss = times(self.loss.of(second_pass.calls(), chunks, loss_kwargs), self.replicas.world_size)
-        loss.register_hook(second_pass.check)
-        self.pending = ref(second_pass)
-        return loss
-
-    def evaluate(self, chunks: Iterable[Inputs], loss_kwargs: Mapping[str, Any]) -> Tensor:
-        """The loss alone."""
-        schedule = self.passes.calls(chunks, keep_graphs=False)
-        calls = [encoded for call in schedule for encoded in self.passes.encode(call)]
-        return self.loss.of(calls, chunks, loss_kwargs, graph=False)
 
     def _with_retries(
         self,

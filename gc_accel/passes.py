@@ -11,7 +11,6 @@ Both passes add gradients up on this rank; `Replicas.reduce` follows once per st
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from copy import copy
 from typing import Any
 
 import torch
@@ -75,18 +74,8 @@ class Passes:
             self.streams = self.streams.as_one()
         self.modules.begin_step(snapshot)
 
-    def of_this_step(self) -> "Passes":
-        """These, whichever step begins before they are done."""
-        passes = copy(self)
-        passes.batch_norms = copy(self.batch_norms)
-        return passes
-
     def calls(self, batches: Iterable[Inputs], *, keep_graphs: bool = True) -> Iterator[Call]:
-        """The calls of the first pass, in their order, as batches are read.
-
-        Args:
-            batches: with the inputs of all streams.
-            keep_graphs: whether some may be kept.
+        """The calls of the first pass, in their order, as batches are read; whether some may keep their graph.
 
         Raises:
             ValueError: there is no sample.

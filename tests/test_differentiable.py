@@ -551,13 +551,13 @@ def test_a_loss_that_is_kept_keeps_no_representations():
     model = Tower()
     cache = GradientCache(model, batch_loss, CHUNK, retain="all")
     loss = cache(x)
-    second_pass = cache.pending()
+    second_pass = cache.cached_loss.pending()
     assert second_pass.encoded
     loss.backward()
     assert not second_pass.encoded
     assert not second_pass.leaves
     del loss, second_pass
-    assert cache.pending() is None
+    assert cache.cached_loss.pending() is None
 
 
 @pytest.mark.parametrize("retain", ["auto", 2])
