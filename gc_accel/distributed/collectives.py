@@ -9,7 +9,9 @@ A loss built of these returns the same number on every rank and leaves on each t
 with respect to what this rank handed in. How those become gradients of weights: see `replicas`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
@@ -18,10 +20,23 @@ from torch import Tensor, nn
 
 from gc_accel.distributed.agreement import current_check
 
+_is_alone: ContextVar[bool] = ContextVar("is_alone", default=False)
+
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
-    """Number of ranks in `group` (`None`: the default group; 1 where none is initialised)."""
-    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+    """Number of ranks in `group` (`None`: the default group; 1 where none is initialised, and within `alone`)."""
+    together = dist.is_available() and dist.is_initialized() and not _is_alone.get()
+    return dist.get_world_size(group) if together else 1
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """A block in which losses take the world to be this process: what they are called with is the whole batch."""
+    token = _is_alone.set(True)
+    try:
+        yield
+    finally:
+        _is_alone.reset(token)
 
 
 def lowest(

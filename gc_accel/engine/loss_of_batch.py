@@ -6,11 +6,12 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from gc_accel.contracts import StatefulLoss, Streams
-from gc_accel.distributed import GlobalLoss, RankedBatch, Replicas
+from gc_accel.distributed import GlobalLoss, RankedBatch, Replicas, alone
 from gc_accel.engine.checks import check_finite
 from gc_accel.engine.encoding import Encoded, Named, by_name
 from gc_accel.inputs.nested import Inputs, call, concatenate, unnamed
@@ -36,9 +37,15 @@ class LossOfBatch:
         Args:
             snapshot: of the step.
             streams: of the encoder.
+
+        Raises:
+            ValueError: a loss with a state is inside of another, or the loss reaches over other ranks than the encoder.
         """
+        _check_group(self.loss_fn, self.replicas)
         self.snapshot, self.streams = snapshot, streams
         if isinstance(self.loss_fn, nn.Module):
+            for module in self.loss_fn.modules():
+                self._refuse_inner_state(module)
             # A stateful loss moves its own at the end of a step, and a queue of 65,536 rows is not worth a copy.
             snapshot.note(self.loss_fn, buffers=not isinstance(self.loss_fn, StatefulLoss))
 
@@ -65,7 +72,7 @@ class LossOfBatch:
         global_names = self.streams.global_names
         shared = {name: leaf for name, leaf in self._first_trained(encoded).items() if name in global_names}
         # The modules behind a function are met when it calls them.
-        met = nullcontext() if isinstance(self.loss_fn, nn.Module) else meeting(self.snapshot.note)
+        met = nullcontext() if isinstance(self.loss_fn, nn.Module) else meeting(self._meet)
         together, device = self.replicas.agreement.before_each_collective(), self.replicas.device.type
         self.replicas.agreement.check()
         with met, together, torch.set_grad_enabled(graph), torch.autocast(device, enabled=False):
@@ -82,6 +89,17 @@ class LossOfBatch:
         """Let a loss move its state, at the end of a step, if it has one."""
         if isinstance(self.loss_fn, StatefulLoss):
             self.loss_fn.update(self._joined(encoded))
+
+    def _meet(self, module: nn.Module) -> None:
+        self._refuse_inner_state(module)
+        self.snapshot.note(module)
+
+    def _refuse_inner_state(self, module: nn.Module) -> None:
+        if isinstance(module, StatefulLoss) and module is not self.loss_fn:
+            raise ValueError(
+                f"expected {type(module).__name__} as the loss itself, got it inside of another: its state would never "
+                "move. Pass it, or a subclass of it that adds what is to be added"
+            )
 
     def _joined(self, encoded: Sequence[Encoded]) -> Named:
         """The representations of all chunks, `(B, ...)` by name."""
@@ -104,6 +122,18 @@ class LossOfBatch:
         return {**loss_kwargs, **send_to_device(joined, self.replicas.device)}
 
 
+def _check_group(loss_fn: Any, replicas: Replicas) -> None:
+    if replicas.world_size == 1 or not isinstance(loss_fn, GlobalLoss):
+        return
+    groups = getattr(loss_fn, "process_group", None), replicas.group
+    of_loss, of_encoder = (dist.get_process_group_ranks(group or dist.group.WORLD) for group in groups)
+    if of_loss != of_encoder:
+        raise ValueError(
+            f"expected a loss over the ranks {of_encoder} of the encoder, got {type(loss_fn).__name__} over {of_loss}: "
+            "give it the process_group of DistributedDataParallel"
+        )
+
+
 def check_all_seen(encoded: Sequence[Encoded], streams: Streams) -> None:
     """Raise ValueError if a loss has left no gradient in some representation."""
     leaves = {name: leaves[0] for name, leaves in by_name(encoded).items()}
@@ -122,7 +152,8 @@ def global_loss(
     """Loss of the global batch, from a `GlobalLoss` or from a loss written for one process.
 
     With the latter every rank gathers the representations and computes the whole loss, of which it backpropagates
-    1/W, so that the shares of all ranks add up to it.
+    1/W, so that the shares of all ranks add up to it. Losses that reach over ranks may be inside of it (in a function,
+    a sum, a module that adds a term): to them the gathered batch is the whole one.
 
     Args:
         loss_fn: called with representations in the structure that the encoder returned.
@@ -136,5 +167,6 @@ def global_loss(
     batch = RankedBatch(len(next(iter(reps.values()))), replicas.device, replicas.group)
     reps = {name: batch.gather(value) for name, value in reps.items()}
     extras = {k: batch.gather(v) if isinstance(v, Tensor) and v.ndim else v for k, v in extras.items()}
-    share = call(partial(loss_fn, **extras), unnamed({**reps, **shared})) / replicas.world_size
-    return batch.sum(share)
+    with alone():
+        loss = call(partial(loss_fn, **extras), unnamed({**reps, **shared}))
+    return batch.sum(loss / replicas.world_size)

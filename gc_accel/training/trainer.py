@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from gc_accel.contracts import streams_of
 from gc_accel.data import ChunkedLoader, StreamLoader
-from gc_accel.distributed import GlobalLoss, RankedBatch
+from gc_accel.distributed import GlobalLoss, RankedBatch, alone
 from gc_accel.equivalence import check_equivalence_chunks, representation_drift
 from gc_accel.evaluation import retrieval_metrics
 from gc_accel.gradient_cache import GradientCache
@@ -279,7 +279,9 @@ class CachedContrastiveTrainer(Trainer):
         if isinstance(self.loss, GlobalLoss):
             rank, world = self.args.process_index, self.args.world_size
             reps = {name: value.tensor_split(world)[rank] for name, value in reps.items()}
-        return self.loss(**reps, **shared)
+            return self.loss(**reps, **shared)
+        with alone():
+            return self.loss(**reps, **shared)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add logit scale, statistics of the loss, throughput and peak memory to the logs of training steps."""
