@@ -82,9 +82,10 @@ def accumulate(
     with passes.batch_norms.second_pass() if again else nullcontext():
         for each in sorted(waiting, key=lambda each: not each.encoded.keeps_graph):
             pairs.append((each.rows.start, _push(loss, passes, each, targets, batch.total)))
+    passes.check_drift()
     replicas.reduce()
     if again:
-        passes.retention.decide(passes.counts, passes.sizes)
+        passes.decide_retention()
     terms = torch.cat([part for _, part in sorted(pairs, key=lambda pair: pair[0])])
     with torch.no_grad():
         value = batch.sum(terms.sum()) / batch.total
@@ -149,6 +150,8 @@ def _push(loss: AccumulatedLoss, passes: Passes, chunk: Waiting, targets: Any, t
     replicas, global_names = passes.replicas, passes.streams.global_names
     with replicas.adding_up():
         outputs = chunk.encoded.replay()
+        if loss.targets_from == "encoder":
+            passes.guard.note(chunk.encoded, outputs)
         reps = {name: out if name in global_names else out[: chunk.size] for name, out in outputs.items()}
         with torch.autocast(replicas.device.type, enabled=False):
             terms = loss.per_sample(reps, targets, chunk.rows)

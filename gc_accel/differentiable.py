@@ -74,7 +74,8 @@ class SecondPass:
         self, passes: Passes, encoded: list[Encoded], end_step: Callable[[list[Encoded]], None]
     ) -> None:
         self.passes, self.encoded, self.end_step = copy(passes), encoded, end_step
-        self.passes.batch_norms = copy(passes.batch_norms)  # whichever step begins before this one is done
+        # Whichever step begins before this one is done.
+        self.passes.batch_norms, self.passes.guard = copy(passes.batch_norms), copy(passes.guard)
         self.is_pushed = passes.replicas.reduction.keeps_weights
         self.weights = [] if self.is_pushed else passes.modules.weights()
         self.versions = [each._version for each in self.weights]
@@ -131,6 +132,7 @@ class SecondPass:
             if not is_out_of_memory(error):
                 raise
             raise no_way_back("in the backward pass of cache(batch)", str(self.passes.chunk_sizes)) from error
+        self.passes.check_drift()
         if self.is_pushed:
             self.passes.replicas.reduce()
         self.end_step(encoded)

@@ -31,6 +31,7 @@ from gc_accel.contracts import AccumulatedLoss
 from gc_accel.differentiable import CachedLoss, refuse_forward_pass, within_ddp
 from gc_accel.distributed import Replicas
 from gc_accel.engine.batch_norm import BatchNorms, Policy
+from gc_accel.engine.drift import Drift, OnDrift
 from gc_accel.engine.encoding import Encoded
 from gc_accel.engine.joining import JoinedCalls
 from gc_accel.engine.loss_of_batch import LossOfBatch, check_all_seen
@@ -61,6 +62,8 @@ class GradientCache:
         batch_norm: what to do about BatchNorm in training mode: "error", "frozen" or "ghost".
         reduce_every: after how many chunks of the second pass FSDP2 reduces, which holds the gradients of whole
             weights until then; None: once, at the end.
+        on_drift: what to do if a chunk has other representations in the second pass than in the first: "error" (all
+            gradients are put back), "warn" or "ignore".
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class GradientCache:
         memory_budget: float | None = None,
         forward_chunk_size: int | None = None,
         reduce_every: int | None = None,
+        on_drift: OnDrift = "error",
     ) -> None:
         self.encoder, self.loss_fn = encoder, loss_fn
         self.replicas = Replicas(encoder, accelerator, reduce_every)
@@ -86,7 +90,14 @@ class GradientCache:
             forward_chunk_size = 1
         joined = JoinedCalls(self.model, forward_chunk_size, self.replicas.device)
         self.sizes = ChunkSizes(chunk_size, forward_chunk_size, memory_budget, self.replicas)
-        parts = self.replicas, self.batch_norms, self.sizes, joined, self.retention
+        parts = (
+            self.replicas,
+            self.batch_norms,
+            self.sizes,
+            joined,
+            self.retention,
+            Drift(on_drift, self.replicas),
+        )
         self.passes = Passes(encoder, *parts, in_one_call=isinstance(loss_fn, AccumulatedLoss))
         self.cached_loss = CachedLoss(self.passes, self.loss, self.end_step)
 
@@ -137,6 +148,7 @@ class GradientCache:
         for number, call in enumerate(sorted(calls, key=lambda call: not call.keeps_graph), start=1):
             self.passes.push(call)
             self.replicas.pushed(number)
+        self.passes.check_drift()
         self.replicas.reduce()  # nothing on one process
         self.end_step(calls)
         return loss
@@ -153,7 +165,7 @@ class GradientCache:
 
     def end_step(self, calls: list[Encoded]) -> None:
         """Decide how many graphs are kept from now on, and let a loss move its state."""
-        self.retention.decide(self.passes.counts, self.passes.sizes)
+        self.passes.decide_retention()
         self.loss.update(calls)
 
     def _with_retries(

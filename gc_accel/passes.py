@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from gc_accel.contracts import streams_of
 from gc_accel.distributed import Replicas
 from gc_accel.engine.alignment import align, without_rows
 from gc_accel.engine.batch_norm import BatchNorms
 from gc_accel.engine.checks import check_rows
+from gc_accel.engine.drift import Drift
 from gc_accel.engine.encoder_modules import EncoderModules
 from gc_accel.engine.encoding import Encoded, encode
 from gc_accel.engine.joining import JoinedCalls
@@ -30,13 +32,15 @@ from gc_accel.memory.chunk_sizes import ChunkSizes
 from gc_accel.memory.retention import Retention
 from gc_accel.state.snapshot import Snapshot
 
+logger = logging.get_logger(__name__)
+
 
 class Passes:
     """What both passes need to know.
 
     Args:
         encoder: any callable from a chunk to representations, prepared or not.
-        replicas, batch_norms, chunk_sizes, joined, retention: of the encoder.
+        replicas, batch_norms, chunk_sizes, joined, retention, guard: of the encoder.
         in_one_call: whether a chunk runs through all streams at once.
     """
 
@@ -48,11 +52,13 @@ class Passes:
         chunk_sizes: ChunkSizes,
         joined: JoinedCalls,
         retention: Retention,
+        guard: Drift,
         *,
         in_one_call: bool = False,
     ) -> None:
         self.encoder, self.replicas, self.batch_norms = encoder, replicas, batch_norms
-        self.chunk_sizes, self.joined, self.retention = chunk_sizes, joined, retention
+        self.chunk_sizes, self.joined = chunk_sizes, joined
+        self.retention, self.guard = retention, guard
         self.in_one_call, self.streams = in_one_call, streams_of(replicas.model)
         self.modules = EncoderModules(replicas, batch_norms)
 
@@ -68,10 +74,12 @@ class Passes:
         Raises:
             ValueError: see `BatchNorms`.
         """
-        self.counts = Counter[Any]()  # chunks, by stream that trains
+        self.counts = Counter[Any]()  # chunks, by stream
+        self.guard.begin_step()
         self.streams = streams_of(self.replicas.model)  # what is frozen may have changed
         if self.in_one_call:
             self.streams = self.streams.as_one()
+        self.snapshot = snapshot
         self.modules.begin_step(snapshot)
 
     def calls(self, batches: Iterable[Inputs], *, keep_graphs: bool = True) -> Iterator[Call]:
@@ -102,8 +110,9 @@ class Passes:
         encoded = encoded or [self.encode_chunk(chunk, call.keeps_graph) for chunk in call.chunks]
         pairs = zip(encoded, call.chunks, strict=True)
         encoded = [each if chunk.counts else without_rows(each) for each, chunk in pairs]
-        if call.stream not in streams.frozen:
-            self.counts[call.stream] += len(encoded)
+        start = self.counts[call.stream]
+        encoded = [each._replace(place=(call.stream, start + at)) for at, each in enumerate(encoded)]
+        self.counts[call.stream] += len(encoded)
         for name, leaf in [pair for each in encoded for pair in each.leaves.items()]:
             leaf.requires_grad_(call.stream not in streams.frozen or name in streams.global_names)
         return encoded
@@ -136,6 +145,24 @@ class Passes:
             return [None] * len(weights)
         return torch.autograd.grad(outputs, weights, grads, allow_unused=True)
 
+    def check_drift(self) -> None:
+        """After all chunks were encoded again, before gradients are reduced: whether both passes were the same.
+
+        Raises:
+            ValueError: they were not, on some rank; nothing has changed then.
+        """
+        if finding := self.guard.found():
+            if self.guard.on_drift == "error":
+                self.snapshot.restore()
+                self.replicas.reduction.forget()
+                raise ValueError(finding)
+            logger.warning(finding)
+
+    def decide_retention(self) -> None:
+        """At the end of a step: how many graphs are kept from now on."""
+        chunks = {name: self.counts[name] for name in self.streams.trained}
+        self.retention.decide(chunks, self.sizes)
+
     def _again(self, encoded: Encoded) -> tuple[list[Tensor], list[Tensor]]:
         """Outputs of a chunk with a graph, and the gradients that are cached for them."""
         cached = {name: leaf.grad for name, leaf in encoded.leaves.items() if leaf.grad is not None}
@@ -143,6 +170,7 @@ class Passes:
             return [], []
         with self.replicas.adding_up(), self.batch_norms.second_pass():
             outputs = encoded.replay()
+        self.guard.note(encoded, outputs)
         trained = [name for name in cached if outputs[name].requires_grad]
         return [outputs[name] for name in trained], [cached[name] for name in trained]
 

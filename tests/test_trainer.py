@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers import CLIPModel, CLIPProcessor, Trainer, TrainingArguments
 
-import gc_accel.training.trainer as trainer_module
 from gc_accel import CachedContrastiveArguments, CachedContrastiveTrainer, DualEncoder
 from gc_accel.data import (
     HandwrittenNumbers,
@@ -187,18 +186,24 @@ def test_the_first_batch_is_checked_on_request_and_training_goes_on_as_without(t
         assert torch.equal(value, weights(checked)[name]), name
 
 
-def test_an_encoder_that_changes_its_mind_is_warned_of(tmp_path, monkeypatch):
+@pytest.mark.parametrize("on_drift", ["error", "warn", "ignore"])
+def test_an_encoder_that_changes_its_mind(on_drift, tmp_path, monkeypatch):
     warnings = []
-    monkeypatch.setattr(trainer_module.logger, "warning", lambda text, *args: warnings.append(text % args))
-    make_trainer(tmp_path / "steady", max_steps=1).train()
+    monkeypatch.setattr("gc_accel.passes.logger.warning", warnings.append)
+    make_trainer(tmp_path / "steady", max_steps=1, on_drift=on_drift).train()
     assert warnings == []
     model = clip_model()
     calls = iter(range(10_000))
     model.visual_projection.register_forward_hook(lambda module, args, output: output * (1 + next(calls) % 2))
     model.text_projection.register_forward_hook(lambda module, args, output: output + next(calls))
-    make_trainer(tmp_path / "restless", model=model, max_steps=1).train()
-    assert len(warnings) == 1
-    assert "other representations of the same chunk" in warnings[0]
+    restless = make_trainer(tmp_path / "restless", model=model, max_steps=1, on_drift=on_drift)
+    if on_drift == "error":
+        with pytest.raises(ValueError, match="expected the same representations of chunk"):
+            restless.train()
+        return
+    restless.train()
+    assert len(warnings) == (on_drift == "warn")
+    assert all("expected the same representations" in text for text in warnings)
 
 
 def test_evaluation_is_over_all_pairs(tmp_path):

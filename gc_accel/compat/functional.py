@@ -52,7 +52,7 @@ def cached(func: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
     @wraps(func)
     def first_pass(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
         device = _device(func, args, kwargs)
-        outputs, replay, _ = encode(partial(_tensors, func, *args, **kwargs), {}, device=device)
+        outputs, replay, *_ = encode(partial(_tensors, func, *args, **kwargs), {}, device=device)
         strangers = {str(out.device) for out in outputs.values() if out.device not in (device, CPU)}
         if strangers:
             raise ValueError(

@@ -52,6 +52,9 @@ class Reduction:
         """Tensors whose backward pass will be reduced as that of any other output of the encoder."""
         return output
 
+    def forget(self) -> None:
+        """Drop what this rank has added up and keeps to itself, beside the gradients of the weights."""
+
     def give_up(self) -> None:
         """Make the next step like the first one, after one that all ranks have left."""
 
@@ -130,6 +133,13 @@ class OfFSDP(Reduction):
         )
         end.backward()
 
+    def forget(self) -> None:
+        for group in _groups_of(self.root._get_fsdp_state()):
+            for parameter in group.fsdp_params:
+                parameter.unsharded_accumulated_grad = None
+                if (unsharded := getattr(parameter, "_unsharded_param", None)) is not None:
+                    unsharded.grad = None
+
 
 class OfDeepSpeed(Reduction):
     """An engine of DeepSpeed, of any stage, whose optimizer steps when gradients are reduced."""
@@ -169,6 +179,10 @@ class OfDeepSpeed(Reduction):
             self._backward(zero_of(touched), boundary=True)
         self.engine.set_gradient_accumulation_boundary(True)
         self.engine.step()
+
+    def forget(self) -> None:
+        for parameter in self.engine.module.parameters():
+            parameter.grad = None
 
     def _backward(self, scalar: Any, *, boundary: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(boundary)

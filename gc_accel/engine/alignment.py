@@ -60,4 +60,4 @@ def without_rows(encoded: Encoded) -> Encoded:
         return {name: output[:0] for name, output in encoded.replay().items()}
 
     leaves = {name: leaf.detach()[:0].requires_grad_() for name, leaf in encoded.leaves.items()}
-    return Encoded(leaves, empty, encoded.keeps_graph)
+    return encoded._replace(leaves=leaves, replay=empty)

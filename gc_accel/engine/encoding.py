@@ -24,6 +24,7 @@ class Encoded(NamedTuple):
     leaves: Named  # its representations, which hold the cached gradients after the loss
     replay: Callable[[], Named]  # the same again, with a graph
     keeps_graph: bool = False  # of the first pass, so that `replay` need not encode again
+    place: tuple[Any, int] | None = None  # its stream, and its number there
 
 
 def encode(fn: Callable[..., Any], chunk: Inputs, *, device: torch.device, retain: bool = False) -> Encoded:

@@ -61,9 +61,16 @@ class WatchedCache(GradientCache):
     passes: WatchedPasses
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, forward_chunk_size=1, **options)
+        super().__init__(*args, forward_chunk_size=1, on_drift="ignore", **options)
         passes = self.passes
-        parts = passes.replicas, passes.batch_norms, passes.chunk_sizes, passes.joined, passes.retention
+        parts = (
+            passes.replicas,
+            passes.batch_norms,
+            passes.chunk_sizes,
+            passes.joined,
+            passes.retention,
+            passes.guard,
+        )
         self.passes = WatchedPasses(passes.encoder, *parts, in_one_call=passes.in_one_call)
 
 

@@ -51,6 +51,12 @@ class CachedContrastiveArguments(TrainingArguments):
         "its own).",
         choices=["error", "frozen", "ghost"],
     )
+    on_drift: str = option(
+        "error",
+        "What to do if a chunk has other representations in the second pass than in the first, so that gradients would "
+        "be wrong: 'error', 'warn' or 'ignore'.",
+        choices=["error", "warn", "ignore"],
+    )
     sort_by_length: bool = option(
         True, "Sort the texts of a batch by length, to trim chunks. Never the result."
     )

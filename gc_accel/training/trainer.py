@@ -10,7 +10,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -25,12 +24,11 @@ from transformers.utils import logging
 from gc_accel.contracts import streams_of
 from gc_accel.data import ChunkedLoader, StreamLoader
 from gc_accel.distributed import GlobalLoss, RankedBatch, alone
-from gc_accel.equivalence import check_equivalence_chunks, representation_drift
+from gc_accel.equivalence import check_equivalence_chunks
 from gc_accel.evaluation import retrieval_metrics
 from gc_accel.gradient_cache import GradientCache
-from gc_accel.inputs.nested import batch_size, call, slice_inputs
+from gc_accel.inputs.nested import batch_size, call
 from gc_accel.memory.meters import peak_memory_mib
-from gc_accel.memory.recovery import is_out_of_memory
 from gc_accel.training.arguments import CachedContrastiveArguments
 from gc_accel.training.callbacks import StepCallback
 from gc_accel.training.chunk_sizes import RunChunkSizes
@@ -40,7 +38,6 @@ from gc_accel.training.loss_state import load_loss, prepared, save_loss
 from gc_accel.training.precomputing import precompute
 
 Representations = dict[str, Tensor]
-DRIFT_TOLERANCE = 1e-3  # relative; the same chunk in the same state is mostly equal to the last bit
 logger = logging.get_logger(__name__)
 
 
@@ -130,6 +127,7 @@ class CachedContrastiveTrainer(Trainer):
         if self.cache is None or self.cache.encoder is not model:
             retain: Any = int(self.args.retain) if self.args.retain.isdecimal() else self.args.retain
             policy: Any = self.args.batch_norm
+            on_drift: Any = self.args.on_drift
             self.cache = GradientCache(
                 model,
                 self.loss,
@@ -140,43 +138,21 @@ class CachedContrastiveTrainer(Trainer):
                 memory_budget=self.args.memory_budget,
                 forward_chunk_size=self.args.forward_chunk_size,
                 reduce_every=self.args.reduce_every,
+                on_drift=on_drift,
             )
         return self.cache
 
     def _checked(self, model: nn.Module, inputs: Iterable[Any]) -> Iterable[Any]:
-        """The chunks of the first batch, after a look at whether they can be trained on exactly."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return inputs  # no rank has the whole encoder
-        chunks = iter(inputs)
-        first = next(chunks)
-        drift = self._drift(model, first)
-        if not drift <= DRIFT_TOLERANCE:
-            logger.warning(
-                "The encoder gave other representations of the same chunk when it encoded it again (relative "
-                "difference %.1e), so gradients are not exact. Random numbers that are not torch's, or a state that "
-                "each forward changes, do that: --check_equivalence names suspects.",
-                drift,
-            )
-        if not self.args.check_equivalence:
-            return chain([first], chunks)
-        batch = [first, *chunks]
+        """The chunks of the first batch, after a comparison of a cached step with a direct one, if it was asked for."""
+        if not self.args.check_equivalence or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return inputs  # where parameters are sharded, no rank has the whole encoder
+        batch = list(inputs)
         options: dict[str, Any] = {"accelerator": self.accelerator, "batch_norm": self.args.batch_norm}
         report = check_equivalence_chunks(model, self.loss, batch, self.chunk_sizes.of_encoder, **options)
         if self.is_world_process_zero():
             print(report)
             report.save(os.path.join(self.args.output_dir, "equivalence"))
         return batch
-
-    def _drift(self, model: nn.Module, chunk: Any) -> float:
-        """Of as many samples as the encoder sees at once; 0 without memory for them, which the step deals with."""
-        sizes = self.chunk_sizes.of_encoder
-        fewest = sizes if isinstance(sizes, int) else min(sizes.values())
-        try:
-            return representation_drift(model, slice_inputs(chunk, 0, fewest), self.args.device)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return 0.0
 
     def get_train_dataloader(self) -> DataLoader:
         """A `ChunkedLoader` with as many batches per epoch as `drop_last` leaves of the data set; or of a stream."""
