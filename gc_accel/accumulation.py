@@ -82,7 +82,7 @@ def accumulate(
     with passes.batch_norms.second_pass() if again else nullcontext():
         for each in sorted(waiting, key=lambda each: not each.encoded.keeps_graph):
             pairs.append((each.rows.start, _push(loss, passes, each, targets, batch.total)))
-    passes.check_drift()
+    passes.guard.check(passes.snapshot)
     replicas.reduce()
     if again:
         passes.decide_retention()
@@ -151,7 +151,7 @@ def _push(loss: AccumulatedLoss, passes: Passes, chunk: Waiting, targets: Any, t
     with replicas.adding_up():
         outputs = chunk.encoded.replay()
         if loss.targets_from == "encoder":
-            passes.guard.note(chunk.encoded, outputs)
+            passes.guard.note(chunk.encoded, outputs, global_names)
         reps = {name: out if name in global_names else out[: chunk.size] for name, out in outputs.items()}
         with torch.autocast(replicas.device.type, enabled=False):
             terms = loss.per_sample(reps, targets, chunk.rows)

@@ -132,7 +132,7 @@ class SecondPass:
             if not is_out_of_memory(error):
                 raise
             raise no_way_back("in the backward pass of cache(batch)", str(self.passes.chunk_sizes)) from error
-        self.passes.check_drift()
+        self.passes.guard.check(self.passes.snapshot)
         if self.is_pushed:
             self.passes.replicas.reduce()
         self.end_step(encoded)

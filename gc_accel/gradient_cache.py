@@ -24,7 +24,6 @@ from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor
-from transformers.utils import logging
 
 from gc_accel.accumulation import accumulate
 from gc_accel.contracts import AccumulatedLoss
@@ -36,13 +35,15 @@ from gc_accel.engine.encoding import Encoded
 from gc_accel.engine.joining import JoinedCalls
 from gc_accel.engine.loss_of_batch import LossOfBatch, check_all_seen
 from gc_accel.inputs.nested import Inputs
+from gc_accel.memory.attempts import Attempts
 from gc_accel.memory.chunk_sizes import ChunkSize, ChunkSizes
-from gc_accel.memory.recovery import Reread, no_way_back, retry
+from gc_accel.memory.recovery import Reread
 from gc_accel.memory.retention import Retain, Retention
 from gc_accel.passes import Passes
 from gc_accel.state.snapshot import Snapshot
 
-logger = logging.get_logger(__name__)
+Kwargs = Mapping[str, Any]
+Step = Callable[[Iterable[Inputs], Kwargs], Tensor]
 
 
 class GradientCache:
@@ -99,6 +100,7 @@ class GradientCache:
             Drift(on_drift, self.replicas),
         )
         self.passes = Passes(encoder, *parts, in_one_call=isinstance(loss_fn, AccumulatedLoss))
+        self.attempts = Attempts(self.replicas, self.sizes, self.retention, joined)
         self.cached_loss = CachedLoss(self.passes, self.loss, self.end_step)
 
     @property
@@ -138,7 +140,7 @@ class GradientCache:
         with within_ddp(self.replicas):
             return self._with_retries(self.cached_loss, [batch], loss_kwargs)
 
-    def step(self, chunks: Iterable[Inputs], loss_kwargs: Mapping[str, Any]) -> Tensor:
+    def step(self, chunks: Iterable[Inputs], loss_kwargs: Kwargs) -> Tensor:
         """One attempt at a step; `retry` undoes it if memory runs out."""
         # 1. First pass: the representations of every chunk, as leaves.
         calls = [encoded for call in self.passes.calls(chunks) for encoded in self.passes.encode(call)]
@@ -148,14 +150,12 @@ class GradientCache:
         for number, call in enumerate(sorted(calls, key=lambda call: not call.keeps_graph), start=1):
             self.passes.push(call)
             self.replicas.pushed(number)
-        self.passes.check_drift()
+        self.passes.guard.check(self.passes.snapshot)
         self.replicas.reduce()  # nothing on one process
         self.end_step(calls)
         return loss
 
-    def cache_gradients(
-        self, calls: list[Encoded], chunks: Iterable[Inputs], loss_kwargs: Mapping[str, Any]
-    ) -> Tensor:
+    def cache_gradients(self, calls: list[Encoded], chunks: Iterable[Inputs], loss_kwargs: Kwargs) -> Tensor:
         """Leave the gradient of the loss in the leaves of all calls; return the loss, 0-d, detached."""
         loss = self.loss.of(calls, chunks, loss_kwargs)
         with self.replicas.agreement.before_each_collective():
@@ -168,36 +168,16 @@ class GradientCache:
         self.passes.decide_retention()
         self.loss.update(calls)
 
-    def _with_retries(
-        self,
-        step: Callable[[Iterable[Inputs], Mapping[str, Any]], Tensor],
-        chunks: Iterable[Inputs],
-        loss_kwargs: Mapping[str, Any],
-    ) -> Tensor:
+    def _with_retries(self, step: Step, chunks: Iterable[Inputs], loss_kwargs: Kwargs) -> Tensor:
         """Make a step, again with half the chunk where memory runs out."""
         self.replicas.follow()
-        snapshot, reread = Snapshot(self.replicas.device), Reread(chunks)
+        reread = Reread(chunks)
         for first in islice(reread, not self.chunk_sizes):  # "auto" measures with the first chunk
             self.sizes.settle(first)
 
-        def attempt(chunks: Iterable[Inputs]) -> Tensor:
-            self.replicas.is_reducing = False
+        def attempt(chunks: Iterable[Inputs], snapshot: Snapshot) -> Tensor:
             self.passes.begin_step(snapshot)
             self.loss.begin_step(snapshot, self.passes.streams)
             return step(chunks, loss_kwargs)
 
-        return retry(attempt, reread, partial(self._undo, snapshot), self._shrink)
-
-    def _undo(self, snapshot: Snapshot, error: Exception) -> None:
-        if self.replicas.is_lost:
-            raise no_way_back("where ranks depend on each other's calls", str(self.sizes)) from error
-        self.replicas.leave_step(error)
-        snapshot.restore()
-        if max(self.chunk_sizes.values()) == 1:
-            raise no_way_back("with chunks of one sample", str(self.sizes)) from error
-
-    def _shrink(self) -> None:
-        self.retention.give_up()
-        self.passes.joined.halve()
-        self.sizes.halve()
-        logger.warning("Out of memory: this step is made again in chunks of %s.", self.sizes)
+        return self.attempts.make(attempt, reread)

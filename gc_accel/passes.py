@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils import logging
 
 from gc_accel.contracts import streams_of
 from gc_accel.distributed import Replicas
@@ -31,8 +30,6 @@ from gc_accel.inputs.nested import Inputs
 from gc_accel.memory.chunk_sizes import ChunkSizes
 from gc_accel.memory.retention import Retention
 from gc_accel.state.snapshot import Snapshot
-
-logger = logging.get_logger(__name__)
 
 
 class Passes:
@@ -57,8 +54,7 @@ class Passes:
         in_one_call: bool = False,
     ) -> None:
         self.encoder, self.replicas, self.batch_norms = encoder, replicas, batch_norms
-        self.chunk_sizes, self.joined = chunk_sizes, joined
-        self.retention, self.guard = retention, guard
+        self.chunk_sizes, self.joined, self.retention, self.guard = chunk_sizes, joined, retention, guard
         self.in_one_call, self.streams = in_one_call, streams_of(replicas.model)
         self.modules = EncoderModules(replicas, batch_norms)
 
@@ -145,19 +141,6 @@ class Passes:
             return [None] * len(weights)
         return torch.autograd.grad(outputs, weights, grads, allow_unused=True)
 
-    def check_drift(self) -> None:
-        """After all chunks were encoded again, before gradients are reduced: whether both passes were the same.
-
-        Raises:
-            ValueError: they were not, on some rank; nothing has changed then.
-        """
-        if finding := self.guard.found():
-            if self.guard.on_drift == "error":
-                self.snapshot.restore()
-                self.replicas.reduction.forget()
-                raise ValueError(finding)
-            logger.warning(finding)
-
     def decide_retention(self) -> None:
         """At the end of a step: how many graphs are kept from now on."""
         chunks = {name: self.counts[name] for name in self.streams.trained}
@@ -170,7 +153,7 @@ class Passes:
             return [], []
         with self.replicas.adding_up(), self.batch_norms.second_pass():
             outputs = encoded.replay()
-        self.guard.note(encoded, outputs)
+        self.guard.note(encoded, outputs, self.streams.global_names)
         trained = [name for name in cached if outputs[name].requires_grad]
         return [outputs[name] for name in trained], [cached[name] for name in trained]
 

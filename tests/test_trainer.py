@@ -189,7 +189,7 @@ def test_the_first_batch_is_checked_on_request_and_training_goes_on_as_without(t
 @pytest.mark.parametrize("on_drift", ["error", "warn", "ignore"])
 def test_an_encoder_that_changes_its_mind(on_drift, tmp_path, monkeypatch):
     warnings = []
-    monkeypatch.setattr("gc_accel.passes.logger.warning", warnings.append)
+    monkeypatch.setattr("gc_accel.engine.drift.logger.warning", warnings.append)
     make_trainer(tmp_path / "steady", max_steps=1, on_drift=on_drift).train()
     assert warnings == []
     model = clip_model()

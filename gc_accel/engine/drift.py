@@ -6,7 +6,7 @@ on grad mode. One number for each chunk stays on the device, and the host reads 
 Ranks exchange the largest, so that all of them raise, or none.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from math import inf
 from typing import Any, Literal, get_args
 
@@ -17,6 +17,7 @@ from transformers.utils import logging
 from gc_accel.distributed import Replicas
 from gc_accel.engine.encoding import Encoded, Named
 from gc_accel.state.repeat import difference
+from gc_accel.state.snapshot import Snapshot
 
 OnDrift = Literal["error", "warn", "ignore"]
 # Relative to the norm of a sample's representation. Equal passes differ by nothing, joined calls by roundings.
@@ -49,20 +50,38 @@ class Drift:
         self.places = list[Any]()  # of their chunks
         self.dtypes = set[torch.dtype]()
 
-    def note(self, encoded: Encoded, again: Named) -> None:
+    def note(self, encoded: Encoded, again: Named, global_names: Collection[Any]) -> None:
         """Compare a chunk with its leaves, unless its graph was kept, so that it was not encoded again."""
         if self.on_drift == "ignore" or encoded.keeps_graph:
             return
-        self.errors.append(difference(again, encoded.leaves))
+        reps = {name: leaf for name, leaf in encoded.leaves.items() if name not in global_names}
+        self.errors.append(difference(again, reps).to(self.replicas.device))
         self.places.append(encoded.place)
         self.dtypes.update(leaf.dtype for leaf in encoded.leaves.values())
 
+    def check(self, snapshot: Snapshot) -> None:
+        """After all chunks were encoded again, before gradients are reduced: whether both passes were the same.
+
+        To be called on all ranks.
+
+        Raises:
+            ValueError: they were not, on some rank; everything has been put back then.
+        """
+        finding = self.found()
+        if finding is not None and self.on_drift == "warn":
+            logger.warning(finding)
+        elif finding is not None:
+            snapshot.restore()
+            self.replicas.reduction.forget()
+            raise ValueError(finding)
+
     def found(self) -> str | None:
-        """What there is to say of it, on all ranks or on none; None within the tolerance. To be called on all ranks."""
+        """What there is to say of it, on all ranks or on none; None within the tolerance."""
         if self.on_drift == "ignore":
             return None
         errors = torch.stack(self.errors).nan_to_num(nan=inf).tolist() if self.errors else [0.0]
         own = max(errors)
+        self.replicas.agreement.check()
         largest = -self.replicas.lowest([-own])[0]
         if largest <= self.tolerance:
             return None

@@ -15,17 +15,16 @@ TOLERANCE = 1e-4  # relative difference of representations that rounding explain
 def difference(again: Mapping[Any, Tensor], first: Mapping[Any, Tensor]) -> Tensor:
     """The largest distance of two representations of a sample, relative to the first's norm; 0-d, on their device.
 
-    Zero over zero is zero, and NaN anywhere is NaN.
+    Zero over zero is zero, and NaN anywhere is NaN. Six small operations for each name.
 
     Args:
-        again, first: `(C, ...)` or 0-d, by name.
+        again, first: `(C, ...)` or 0-d, by name; what has no row is left out.
     """
-    errors = [torch.zeros(1, device=each.device) for each in first.values()][:1]
-    for name, reference in first.items():
-        reference = _as_rows(reference)
-        distance = (_as_rows(again[name]) - reference).norm(dim=1)
-        errors.append(torch.where(distance == 0, 0, distance / reference.norm(dim=1)))
-    return torch.cat(errors).max() if errors else torch.zeros(())
+    pairs = [(_as_rows(again[name]), _as_rows(rep)) for name, rep in first.items()]
+    errors = [_relative_distance(rows, reference).max() for rows, reference in pairs if len(reference)]
+    if len(errors) == 1:
+        return errors[0]
+    return torch.stack(errors).max() if errors else torch.zeros(())
 
 
 @torch.no_grad()
@@ -49,3 +48,9 @@ def _as_rows(rep: Tensor) -> Tensor:
     """`(C, ...)` to `(C, D)`, in float32 or float64; 0-d to `(1, 1)`."""
     rows = torch.atleast_1d(rep.detach()).unsqueeze(-1).flatten(1)
     return rows if rows.dtype == torch.float64 else rows.float()
+
+
+def _relative_distance(rows: Tensor, reference: Tensor) -> Tensor:
+    """Of each row `(C, D)`, `(C,)`."""
+    norms = torch.linalg.vector_norm(reference, dim=1).clamp_min(torch.finfo(reference.dtype).tiny)
+    return torch.linalg.vector_norm(rows - reference, dim=1) / norms
