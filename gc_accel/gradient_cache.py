@@ -91,14 +91,8 @@ class GradientCache:
             forward_chunk_size = 1
         joined = JoinedCalls(self.model, forward_chunk_size, self.replicas.device)
         self.sizes = ChunkSizes(chunk_size, forward_chunk_size, memory_budget, self.replicas)
-        parts = (
-            self.replicas,
-            self.batch_norms,
-            self.sizes,
-            joined,
-            self.retention,
-            Drift(on_drift, self.replicas),
-        )
+        guard = Drift(on_drift, self.replicas)
+        parts = self.replicas, self.batch_norms, self.sizes, joined, self.retention, guard
         self.passes = Passes(encoder, *parts, in_one_call=isinstance(loss_fn, AccumulatedLoss))
         self.attempts = Attempts(self.replicas, self.sizes, self.retention, joined)
         self.cached_loss = CachedLoss(self.passes, self.loss, self.end_step)
