@@ -71,6 +71,7 @@ class VisionEncoder(Checkpointing, nn.Module):
 
     streams: Mapping[str, Sequence[str]] = {"views": ("pixel_values",)}
     global_names: Sequence[str] = ()
+    backbone: Any
 
     def __init__(
         self,
@@ -89,8 +90,7 @@ class VisionEncoder(Checkpointing, nn.Module):
         freeze_backbone: bool = False,
     ) -> None:
         super().__init__()
-        self.backbone: Any = backbone
-        self.normalize = normalize
+        self.backbone, self.normalize = backbone, normalize
         self.normalise_pixels = PixelNorm(image_mean, image_std)
         self.reader = FeatureReader(backbone, pooling, exits)
         widths = self.reader.widths
@@ -100,8 +100,7 @@ class VisionEncoder(Checkpointing, nn.Module):
         self.heads = nn.ModuleList(projection_head(head, f, hidden_dim, projection_dim) for f in widths)
         self.dim = widths[-1] if head == "none" else projection_dim
         self.further = further_heads(self.dim, predictor, prototypes)
-        for heads in (self.heads, self.further):
-            heads.to(weight.device, weight.dtype)
+        nn.ModuleList([self.heads, self.further]).to(weight.device, weight.dtype)
         if freeze_backbone:
             backbone.requires_grad_(False)
         self.options = {
@@ -117,8 +116,8 @@ class VisionEncoder(Checkpointing, nn.Module):
             "image_std": None if image_std is None else list(image_std),
         }
         # What model cards, DeepSpeed and FSDP's wrapping by layer read off a model of transformers.
-        self.config = getattr(backbone, "config", None)
-        self._no_split_modules = getattr(backbone, "_no_split_modules", None)
+        read = "config", "_no_split_modules"
+        self.config, self._no_split_modules = (getattr(backbone, name, None) for name in read)
         self.train(backbone.training)
 
     @classmethod
