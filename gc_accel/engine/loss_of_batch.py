@@ -95,7 +95,8 @@ class LossOfBatch:
         self.snapshot.note(module)
 
     def _refuse_inner_state(self, module: nn.Module) -> None:
-        if isinstance(module, StatefulLoss) and module is not self.loss_fn:
+        has_state = isinstance(module, StatefulLoss) and any(True for _ in module.buffers())
+        if has_state and module is not self.loss_fn:
             raise ValueError(
                 f"expected {type(module).__name__} as the loss itself, got it inside of another: its state would never "
                 "move. Pass it, or a subclass of it that adds what is to be added"
