@@ -121,7 +121,7 @@ class Case:
 RAGGED_CHUNKS = {"image": 2, "text": 3}
 CASES = {
     "even": Case(),
-    "ragged": Case({2: (1, 11), 4: (1, 5, 4, 2)}, retain=0),  # one rank has nothing but its joint call
+    "ragged": Case({2: (1, 11), 4: (1, 5, 4, 2)}, retain=0),  # one rank has a single sample
     "ragged, one retained": Case({2: (8, 4), 4: (5, 3, 3, 1)}),
     "ragged, all retained": Case({2: (7, 5), 4: (7, 1, 2, 2)}, RAGGED_CHUNKS, retain="all"),
     "accumulated": Case(batches=2),
@@ -309,11 +309,8 @@ def test_a_step_equals_that_of_one_process(topology: str, model: str, case: str,
 
 @pytest.mark.parametrize(("topology", "model", "case"), marked([c for c in CELLS if c[0] != ONE_PROCESS]))
 def test_gradients_are_reduced_once(topology: str, model: str, case: str, results: Any) -> None:
-    twice = topology == FSDP2 and model == "tied encoder"  # its layers end two calls in the one that syncs
     for rank in (found[model, case] for found in results(topology)):
-        assert rank.reductions >= 1
-        if case != "accumulated" or topology not in [*ZERO][1:]:
-            assert rank.reductions < 1.5 + twice, "more than that, what the loss reduces, and padding"
+        assert 1 <= rank.reductions < 1.5, "what the loss reduces, and padding, are no second one"
 
 
 @pytest.mark.parametrize(("topology", "model"), marked([*itertools.product(MIXED, MODELS)]))

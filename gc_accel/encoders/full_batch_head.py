@@ -6,7 +6,7 @@ features of the whole global batch, gathered from all ranks:
     chunks --encoder--> features | cut | --gather, head--> representations --> loss
 
 Its parameters are globals: leaves of the loss like the features, whose cached gradients are pushed through
-the encoder in the synced call. On W ranks each runs the head on all B features, a cost that is small beside
+the encoder with the first chunk. On W ranks each runs the head on all B features, a cost that is small beside
 the encoder's, and hands its own rows on to the loss.
 
 Shape letters: B batch, C chunk, F features, D dim.
